@@ -1,0 +1,332 @@
+"""A²MIM: encoders, mask token, decoder, and the method that joins them (METHOD: one training step, encoders).
+
+An encoder offers `stem` and `layers` (callables, applied in turn), `widths` (channels entering each layer and
+leaving the last) and `strides` (input pixels to a step of the feature map, at the same places). Whatever offers
+these can be pre-trained: `A2MIM(encoder)`.
+"""
+import functools
+import inspect
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+import masking
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+class A2MIM(nn.Module):
+    """Architecture-agnostic masked image modeling (Li et al., ICML 2023, arXiv 2205.13943, figure 4).
+
+    encoder: an Encoder. mask_layer: the token is added just before this layer, counted from 0. token: "add"
+    (A²MIM), "replace" (SimMIM) or "none". gamma: None, or the start of a learned factor γ on what "add" finds at
+    masked positions. fill: a row of masking.FILLS. Raises ValueError.
+    """
+
+    def __init__(self, encoder, mask_layer=0, token="add", gamma=None, fill="mean"):
+        super().__init__()
+        if not 0 <= mask_layer < len(encoder.layers):
+            raise ValueError(f"mask_layer must lie in 0..{len(encoder.layers) - 1} for this encoder, not {mask_layer}")
+        if token not in ("add", "replace", "none"):
+            raise ValueError(f"unknown token {token!r}: choose add, replace or none")
+        if fill not in masking.FILLS:
+            raise ValueError(f"unknown fill {fill!r}: choose from {', '.join(masking.FILLS)}")
+        self.encoder, self.mask_layer, self.fill = encoder, mask_layer, fill
+        self.mask_token = None if token == "none" else MaskToken(encoder.widths[mask_layer], token, gamma)
+        self.decoder = decoder(encoder.widths[-1], encoder.stride)
+
+    def forward(self, image, mask):
+        """The whole normalised image (B, 3, H, W) and a mask (B, h, w), 1 = masked -> reconstruction (B, 3, H, W)."""
+        return self.decoder(self.encode(image, mask))                       # x̂ = PixelShuffle(s)(Conv1×1(z))
+
+    def encode(self, image, mask):
+        """As forward, up to the feature (B, C, H/stride, W/stride). Raises ValueError if H or W do not fit."""
+        if any(side % self.encoder.stride for side in image.shape[-2:]):
+            raise ValueError(f"image sides must be multiples of {self.encoder.stride}, not {tuple(image.shape[-2:])}")
+        x = masking.fill(image, mask, self.fill)                            # x_in: RGB mean where masked
+        z = self.encoder.stem(x)
+        for i, layer in enumerate(self.encoder.layers):
+            if i == self.mask_layer and self.mask_token is not None:
+                z = self.mask_token(z, mask)                                # where middle-order interactions are made
+            z = layer(z)
+        return z
+
+
+class MaskToken(nn.Module):
+    """z·(1 − M) + γ·z·M + t·M, one learned vector t for all masked positions (A²MIM, equation 3).
+
+    γ = 1 adds to what is there (A²MIM's ViT), γ = 0 replaces it (SimMIM), a learned γ per channel that starts near
+    0 does what training finds best (A²MIM's ResNet).
+    """
+
+    def __init__(self, channels, how="add", gamma=None):
+        super().__init__()
+        self.token = nn.Parameter(nn.init.trunc_normal_(torch.empty(channels), std=0.02))
+        if how == "add" and gamma is not None:
+            self.gamma = nn.Parameter(torch.full((channels,), gamma))
+        else:
+            self.gamma = 1.0 if how == "add" else 0.0
+
+    def forward(self, z, mask):
+        """z: a map (B, C, h, w), or a sequence (B, P + n·n, C) whose first P tokens are no patches. Returns the like."""
+        gamma, token = self.gamma, self.token.to(z.dtype)
+        if z.ndim == 4:
+            M = masking.resize(mask, z.shape[-2:]).to(z.dtype)              # (B, 1, h, w)
+            token = token.view(-1, 1, 1)
+            gamma = gamma.to(z.dtype).view(-1, 1, 1) if torch.is_tensor(gamma) else gamma
+        else:
+            n = math.isqrt(z.shape[1])
+            M = masking.resize(mask, (n, n)).flatten(2).transpose(1, 2)     # (B, n·n, 1)
+            M = F.pad(M, (0, 0, z.shape[1] - n * n, 0)).to(z.dtype)         # the class token is never masked
+        return z * (1 - M) + gamma * z * M + token * M
+
+
+def decoder(channels, stride):
+    """One linear map from each feature vector to its stride×stride pixels: (B, C, h, w) -> (B, 3, h·s, w·s)."""
+    conv = nn.Conv2d(channels, 3 * stride ** 2, 1)
+    nn.init.trunc_normal_(conv.weight, std=0.02)
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(conv, nn.PixelShuffle(stride))
+
+
+class Encoder(nn.Module):
+    """What every encoder has in common: image (B, 3, H, W) -> feature (B, C, H/stride, W/stride), without a mask."""
+
+    @property
+    def stride(self):
+        return self.strides[-1]
+
+    def forward(self, image):
+        z = self.stem(image)
+        for layer in self.layers:
+            z = layer(z)
+        return z
+
+
+# ------------------------------------------------------------------------------------------------ ViT
+
+class ViT(Encoder):
+    """Vision transformer, pre-norm, in the flavour of BEiT and SimMIM (Dosovitskiy et al., arXiv 2010.11929).
+
+    layer_scale: start of γ1 and γ2, or None. rel_pos_bias, abs_pos: the two kinds of positions, on or off.
+    `layers[0]` adds class token and positions to the patches, `layers[k]` is block k, counted from 1.
+    """
+
+    def __init__(self, img_size=224, *, patch_size=16, dim=768, depth=12, heads=12, mlp_dim=3072, drop_path=0.1,
+                 layer_scale=0.1, rel_pos_bias=True, abs_pos=True):
+        super().__init__()
+        patch_size = patch_size or img_size // 8                            # None: 8 patches a side
+        if patch_size < 1 or img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size or 8}")
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
+        self.img_size, self.grid = img_size, img_size // patch_size         # n, patches a side
+        self.widths, self.strides = [dim] * (depth + 2), [patch_size] * (depth + 2)
+        self.patch_embed = nn.Conv2d(3, dim, patch_size, patch_size)        # keeps PyTorch's own initialisation
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid ** 2, dim)) if abs_pos else None
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_dim, drop_path * i / max(depth - 1, 1), layer_scale, rel_pos_bias and self.grid)
+            for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        for name, parameter in self.named_parameters():
+            if name in ("cls_token", "pos_embed") or name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith(("proj.bias", "fc1.bias", "fc2.bias")):
+                nn.init.zeros_(parameter)
+
+    def stem(self, image):                                                  # (B, 3, H, W) -> (B, D, n, n)
+        if image.shape[-2:] != (self.img_size, self.img_size):
+            raise ValueError(f"this ViT was built for images of {self.img_size} px, not {tuple(image.shape[-2:])}")
+        return self.patch_embed(image)
+
+    @property
+    def layers(self):
+        return [self.embed, *self.blocks[:-1], lambda z: self.to_map(self.blocks[-1](z))]
+
+    def embed(self, z):                                                     # (B, D, n, n) -> (B, 1 + n·n, D)
+        z = torch.cat([self.cls_token.expand(len(z), -1, -1), z.flatten(2).transpose(1, 2)], dim=1)
+        return z if self.pos_embed is None else z + self.pos_embed
+
+    def to_map(self, z):                                                    # (B, 1 + n·n, D) -> (B, D, n, n)
+        return self.norm(z)[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+
+class Block(nn.Module):
+    """x += drop_path(γ1 · attn(LN(x))), then x += drop_path(γ2 · mlp(LN(x)))."""
+
+    def __init__(self, dim, heads, mlp_dim, drop_path, layer_scale, grid):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads, grid)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim, mlp_dim)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale else None
+                                      for _ in range(2))
+
+    def forward(self, x):                                                   # (B, N, D)
+        x = x + self.drop_path(scale(self.attn(self.norm1(x)), self.gamma_1))
+        return x + self.drop_path(scale(self.mlp(self.norm2(x)), self.gamma_2))
+
+
+def scale(x, gamma):
+    return x if gamma is None else gamma * x
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q and v have biases, k has none (softmax would cancel it).
+
+    grid: patches a side, n, for a learned relative position bias (BEiT, arXiv 2106.08254), or None/False for none.
+    The table has a row for each of the (2n − 1)² offsets between two patches, then class→patch, patch→class and
+    class→class, and a column a head.
+    """
+
+    def __init__(self, dim, heads, grid):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, heads)) if grid else None
+        self.register_buffer("relative_position_index", relative_position_index(grid) if grid else None, persistent=False)
+
+    def forward(self, x):                                                   # (B, N, D)
+        B, N, D = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position_bias(q.dtype))
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+    def position_bias(self, dtype):
+        """(heads, N, N) to be added to the attention's logits, or None."""
+        if self.relative_position_bias_table is None:
+            return None
+        # an embedding, because plain indexing has no deterministic gradient on the CPU
+        return F.embedding(self.relative_position_index, self.relative_position_bias_table).permute(2, 0, 1).to(dtype)
+
+
+def relative_position_index(n):
+    """Row of the bias table for each (query, key), class token first: (1 + n², 1 + n²) int64."""
+    at = torch.stack(torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")).flatten(1)       # (2, n²)
+    row, column = at[:, :, None] - at[:, None, :] + n - 1                   # Δ = query − key, from 0
+    last = (2 * n - 1) ** 2 + 3
+    index = torch.empty(n * n + 1, n * n + 1, dtype=torch.int64)
+    index[1:, 1:] = row * (2 * n - 1) + column
+    index[0, 1:], index[1:, 0], index[0, 0] = last - 3, last - 2, last - 1
+    return index
+
+
+# ------------------------------------------------------------------------------------------------ ResNet
+
+class ResNet(Encoder):
+    """torchvision's ResNet v1.5 without its classifier, parameter names included (He et al., arXiv 1512.03385).
+
+    block: BasicBlock or Bottleneck. depths: blocks of each of the four stages. width: channels of the first.
+    small_stem: 3×3, stride 1, no pooling, for small images. drop_path: rises linearly over the blocks to this.
+    `layers[i]` is stage i + 1, torchvision's layer{i+1}.
+    """
+
+    def __init__(self, img_size=224, *, block=Bottleneck, depths=(3, 4, 6, 3), width=64, small_stem=False, drop_path=0.0):
+        super().__init__()
+        stem = 1 if small_stem else 4
+        self.strides = [stem, stem, 2 * stem, 4 * stem, 8 * stem]
+        if img_size < 1 or img_size % self.stride:
+            raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride {self.stride}")
+        self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
+        self.widths = [width]
+        for i, depth in enumerate(depths):
+            self.add_module(f"layer{i + 1}", stage(block, self.widths[-1], width * 2 ** i, depth, 1 if i == 0 else 2))
+            self.widths.append(width * 2 ** i * block.expansion)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        blocks = [b for layer in self.layers for b in layer]
+        for i, b in enumerate(blocks):
+            last = b.bn3 if isinstance(b, Bottleneck) else b.bn2
+            nn.init.zeros_(last.weight)                                     # each block starts as its shortcut
+            if drop_path:                                                   # a hook, so that names stay torchvision's
+                p = drop_path * i / max(len(blocks) - 1, 1)
+                last.register_forward_hook(functools.partial(drop_branch, p=p))
+
+    def stem(self, image):
+        return self.maxpool(self.relu(self.bn1(self.conv1(image))))
+
+    @property
+    def layers(self):
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
+
+def stage(block, channels, planes, depth, stride):
+    """`depth` residual blocks, the first of which may shrink the map and, where shapes differ, has a 1×1 shortcut."""
+    shortcut = None
+    if stride != 1 or channels != planes * block.expansion:
+        shortcut = nn.Sequential(nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
+                                 nn.BatchNorm2d(planes * block.expansion))
+    rest = (block(planes * block.expansion, planes) for _ in range(depth - 1))
+    return nn.Sequential(block(channels, planes, stride, shortcut), *rest)
+
+
+def drop_branch(module, _, out, p):
+    return stochastic_depth(out, p, "row", module.training)
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+def vit(dim, depth, heads, mlp_dim, mask_layer=0, **more):
+    return dict(encoder=ViT, dim=dim, depth=depth, heads=heads, mlp_dim=mlp_dim, mask_layer=mask_layer, **more)
+
+
+def resnet(block, *depths, **more):
+    return dict(encoder=ResNet, block=block, depths=depths, mask_layer=3, gamma=1e-6, **more)
+
+
+PRESETS = {                                                                 # METHOD: encoders
+    "vit_s": vit(768, 8, 8, 2304),                                          # the paper's: wide and shallow
+    "vit_b": vit(768, 12, 12, 3072),
+    "vit_l": vit(1024, 24, 16, 4096),
+    "deit_t": vit(192, 12, 3, 768, mask_layer=8),
+    "deit_s": vit(384, 12, 6, 1536, mask_layer=8),
+    "vit_nano": vit(128, 6, 4, 512, patch_size=None, drop_path=0.0),        # patches of img_size / 8
+    "resnet18": resnet(BasicBlock, 2, 2, 2, 2),
+    "resnet34": resnet(BasicBlock, 3, 4, 6, 3),
+    "resnet50": resnet(Bottleneck, 3, 4, 6, 3),
+    "resnet101": resnet(Bottleneck, 3, 4, 23, 3),
+    "resnet152": resnet(Bottleneck, 3, 8, 36, 3),
+    "resnet200": resnet(Bottleneck, 3, 24, 36, 3),
+    "resnet_nano": resnet(BasicBlock, 1, 1, 1, 1, width=32, small_stem=True),
+}
+
+
+def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **encoder_overrides):
+    """The one way to make a model: A2MIM around the encoder of a preset.
+
+    arch: a row of PRESETS. img_size: side of the square images, in pixels. mask_layer, token, fill: None = the
+    preset's (whose token is "add" and whose fill is "mean"). encoder_overrides: keywords of the encoder's class.
+    Raises ValueError for whatever does not fit.
+    """
+    if arch not in PRESETS:
+        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(PRESETS)}")
+    preset = dict(PRESETS[arch])
+    encoder, gamma = preset.pop("encoder"), preset.pop("gamma", None)
+    layer = preset.pop("mask_layer")
+    options = inspect.signature(encoder).parameters
+    if unknown := set(encoder_overrides) - set(options):
+        raise ValueError(f"{arch} has no {', '.join(sorted(unknown))}: choose from {', '.join(options)}")
+    return A2MIM(encoder(img_size, **preset | encoder_overrides), layer if mask_layer is None else mask_layer,
+                 token or "add", gamma, fill or "mean")

@@ -1,0 +1,465 @@
+"""Pre-train an encoder with A²MIM, on a laptop or on many GPUs.
+
+  python train.py                                                 a small ViT on built-in images, about two minutes
+  python train.py --arch resnet_nano --data path/to/images        a small ResNet on your own
+  torchrun --nproc_per_node=8 train.py --arch vit_b --data path/to/imagenet        the published recipe
+
+--arch picks the published recipe; any field of it can be overridden. --print-config shows the result. A run lives in
+a folder: last.pt (checkpoint), log.jsonl, recon.png. The same command again continues an interrupted run.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import losses
+import masking
+import model as models
+
+# ------------------------------------------------------------------------------------------------ recipes
+# METHOD, pre-training recipes. lr is the one at the recipe's own batch_size; it scales linearly with the batch.
+
+VIT = dict(epochs=800, img_size=224, batch_size=2048, micro_batch=256, lr=dict(a2mim=4e-4, simmim=4e-4), min_lr=None,
+           schedule="step", lr_step_epoch=700, warmup_epochs=10, weight_decay=0.05, clip=5.0, drop_path=0.1,
+           crop_scale=(0.67, 1.0), mask_size=32, mask_ratio=0.6, fill="mean", token="add", spatial_loss="l1",
+           frequency_loss="focal", frequency_weight=0.1, frequency_standin="mixed", frequency_visible=0.0,
+           token_lr_scale=1.0)
+COSINE = dict(schedule="cosine", lr_step_epoch=None, min_lr=1e-5)
+DEIT = VIT | COSINE | dict(img_size=192, lr=dict(a2mim=8e-4, simmim=4e-4))
+RESNET = VIT | COSINE | dict(epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None,
+                             crop_scale=(0.8, 1.0), spatial_loss="focal_l1", frequency_weight=0.5,
+                             frequency_visible=1e-3, token_lr_scale=0.1)
+NANO = COSINE | dict(epochs=4, img_size=64, batch_size=64, micro_batch=64, warmup_epochs=1, mask_size=None)
+
+RECIPES = {
+    "vit_s": VIT, "vit_b": VIT | dict(micro_batch=128), "vit_l": VIT | dict(micro_batch=128),
+    "deit_t": DEIT, "deit_s": DEIT,
+    "vit_nano": VIT | NANO | dict(lr=dict(a2mim=1e-3, simmim=1e-3), drop_path=0.0),
+    "resnet18": RESNET, "resnet34": RESNET, "resnet50": RESNET,
+    "resnet101": RESNET | dict(frequency_loss="focal_l1", frequency_weight=0.1),
+    "resnet152": RESNET | dict(frequency_loss=None), "resnet200": RESNET | dict(frequency_loss=None),
+    "resnet_nano": RESNET | NANO | dict(lr=dict(a2mim=1e-3, simmim=1e-3), img_size=32),
+}
+IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT} | dict.fromkeys(
+    ("resnet18", "resnet34", "resnet50"), RESNET | dict(epochs=800, img_size=192))
+
+METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
+    "a2mim": {},
+    "simmim": dict(mask_layer=0, fill="none", token="replace", spatial_loss="l1", frequency_loss=None,
+                   crop_scale=(0.67, 1.0), token_lr_scale=1.0),
+}
+
+
+def optional(kind):
+    """An option's value, where `none` means absent (null in the configuration)."""
+    def parse(text):
+        return None if text == "none" else kind(text)
+    parse.__name__ = kind.__name__                                          # argparse names it in its messages
+    return parse
+
+
+CONFIG = {  # key of the configuration: (type of --key, help); the recipe's value where the option is absent
+    "arch": (str, f"architecture, and with it the recipe: {', '.join(RECIPES)}"),
+    "method": (str, "a2mim, or the baseline simmim"),
+    "data": (str, f"{', '.join(data.SOURCES)} (all but shapes are downloaded), or a folder: of images, of class "
+                  "folders, or of train/ and val/ with class folders"),
+    "img_size": (int, "side of the square training crops, pixels"),
+    "epochs": (int, "passes over the training images"),
+    "batch_size": (int, "images to an optimizer step, all processes and accumulation together"),
+    "lr": (float, "peak learning rate; absent: the recipe's, scaled linearly with the batch size"),
+    "min_lr": (optional(float), "where a cosine schedule ends"),
+    "schedule": (str, "step (×0.1 at --lr-step-epoch) or cosine, both after a linear warm-up"),
+    "lr_step_epoch": (optional(int), "of the step schedule"),
+    "warmup_epochs": (float, "of linear warm-up; half of the run at most"),
+    "weight_decay": (float, "of AdamW; biases, norms, positions, tokens and scales have none"),
+    "clip": (optional(float), "largest norm of the gradient, or none"),
+    "drop_path": (optional(float), "stochastic depth: 0 at the first block, rising to this at the last"),
+    "crop_scale": (float, "smallest and largest share of an image's area in a crop"),
+    "mask_size": (int, "side of a mask block, pixels"),
+    "mask_ratio": (float, "share of masked blocks"),
+    "mask_layer": (int, "the mask token goes in just before this layer, from 0"),
+    "fill": (str, f"what masked pixels show: {', '.join(masking.FILLS)}"),
+    "token": (str, "what the mask token does to masked features: add, replace, none"),
+    "spatial_loss": (str, f"over masked pixels: {', '.join(losses.ELEMENTWISE)}"),
+    "frequency_loss": (optional(str), f"focal, {', '.join(losses.ELEMENTWISE)} or none"),
+    "frequency_weight": (optional(float), "λ"),
+    "frequency_standin": (optional(str), f"for visible pixels, before the DFT: {', '.join(losses.STANDINS)}"),
+    "frequency_visible": (optional(float), "u, the share of the gradient at visible pixels"),
+    "token_lr_scale": (float, "learning rate of the mask token (and γ), relative to all others"),
+}
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("configuration", "what --print-config shows; the recipe's, unless given")
+    for name, (kind, text) in CONFIG.items():
+        group.add_argument("--" + name.replace("_", "-"), type=kind, help=text, metavar=name.split("_")[-1].upper(),
+                           **dict(nargs=2) if name == "crop_scale" else {})
+    group.add_argument("--recipe", choices=("imagenet", "imagenet100"), default="imagenet",
+                       help="which of the published recipes of --arch (imagenet)")
+    group.add_argument("--print-config", action="store_true", default=False, help="print it as JSON and exit")
+    group = parser.add_argument_group("run", "what changes where and how fast, and (but for the first two) not the result")
+    group.add_argument("--seed", type=int, default=0, help="of weights, order, crops, masks and drop path (0)")
+    group.add_argument("--micro-batch", type=int, help="images a process takes through the model at once. Part of the "
+                       "recipe where the frequency loss averages spectra over them (256; 128 for vit_b and vit_l)")
+    group.add_argument("--out", help="folder of the run (runs/ARCH-METHOD-DATA)")
+    group.add_argument("--overwrite", action="store_true", default=False, help="start anew where a run already lives")
+    group.add_argument("--steps", type=int, default=None, help="stop after this many optimizer steps (schedule unchanged)")
+    group.add_argument("--workers", type=int, help="loader processes per process (the cores there are, at most 8)")
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+                       help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU")
+    group.add_argument("--compile", action="store_true", default=False, help="torch.compile the model")
+    group.add_argument("--log-every", type=int, default=10, help="optimizer steps between two log entries (10)")
+    return parser.parse_args(argv)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")                           # one line, without the usage
+
+
+def resolve(args):
+    """The configuration: recipe of --arch, then --method, then what was given. Raises ValueError, in one line."""
+    given = vars(args)
+    arch, method = given.get("arch", "vit_nano"), given.get("method", "a2mim")
+    table = RECIPES if args.recipe == "imagenet" else IMAGENET100
+    for name, value, choices in (("arch", arch, RECIPES), ("method", method, METHODS),
+                                 ("arch for the ImageNet-100 recipe", arch, table)):
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+    recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch]
+    config = recipe | METHODS[method] | {name: given[name] for name in CONFIG if name in given}
+    for name in ("img_size", "epochs", "batch_size"):
+        if config[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {config[name]}")
+    if "lr" not in given:
+        config["lr"] = recipe["lr"][method] * config["batch_size"] / recipe["batch_size"]
+    if config["mask_size"] is None:
+        config["mask_size"] = config["img_size"] // 4                       # the small presets: two patches, or 4 blocks a side
+    if config["frequency_loss"] is None:
+        config |= dict(frequency_weight=None, frequency_standin=None, frequency_visible=None)
+    check(config)
+    return {name: config[name] for name in CONFIG}
+
+
+def check(config):
+    size, block, (low, high) = config["img_size"], config["mask_size"], config["crop_scale"]
+    if block < 1 or size % block:
+        raise ValueError(f"img_size {size} is not a multiple of mask_size {block}")
+    if not 0 < config["mask_ratio"] < 1:
+        raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded, not {config['mask_ratio']}")
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"crop_scale must be two shares of the area, 0 < low <= high <= 1, not {low} {high}")
+    if config["schedule"] not in ("step", "cosine"):
+        raise ValueError(f"unknown schedule {config['schedule']!r}: choose step or cosine")
+    if config["schedule"] == "step" and config["lr_step_epoch"] is None:
+        raise ValueError("the step schedule needs --lr-step-epoch")
+    if config["schedule"] == "cosine" and config["min_lr"] is None:
+        raise ValueError("the cosine schedule needs --min-lr")
+    for name in ("lr", "min_lr", "weight_decay", "clip", "warmup_epochs", "token_lr_scale", "frequency_weight"):
+        if config[name] is not None and not 0 <= config[name] < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {config[name]}")
+    if config["drop_path"] is not None and not 0 <= config["drop_path"] < 1:
+        raise ValueError(f"drop_path must lie in 0..1, 1 excluded, not {config['drop_path']}")
+
+
+def build(config):
+    """Model and loss of a configuration. Raises ValueError."""
+    drop_path = {} if config["drop_path"] is None else dict(drop_path=config["drop_path"])
+    model = models.build(config["arch"], config["img_size"], mask_layer=config["mask_layer"], token=config["token"],
+                         fill=config["fill"], **drop_path)
+    if config["mask_size"] % (stride := model.encoder.strides[config["mask_layer"]]):
+        raise ValueError(f"mask_size {config['mask_size']} is not a multiple of {stride}, the encoder's stride at layer "
+                         f"{config['mask_layer']}")
+    frequency = {} if config["frequency_loss"] is None else dict(
+        frequency_weight=config["frequency_weight"], standin=config["frequency_standin"], visible=config["frequency_visible"])
+    return model, losses.A2MIMLoss(config["spatial_loss"], config["frequency_loss"], **frequency)
+
+
+# ------------------------------------------------------------------------------------------------ optimization
+
+def learning_rate(config, step, steps_per_epoch):
+    """The factor on every group's learning rate at an optimizer step, counted from 0: warm-up, then step or cosine."""
+    total = config["epochs"] * steps_per_epoch
+    warmup = min(round(config["warmup_epochs"] * steps_per_epoch), total // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config["schedule"] == "step":
+        return 0.1 if step >= config["lr_step_epoch"] * steps_per_epoch else 1.0
+    lowest = min(1.0, config["min_lr"] / config["lr"]) if config["lr"] else 1.0
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def parameter_groups(model, config):
+    """AdamW's groups: no decay for whatever is not a weight matrix; the mask token and γ at their own lr."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed", "relative_position_bias_table"))
+        token = name.startswith("mask_token.")
+        group = groups.setdefault((decays, token), dict(
+            params=[], weight_decay=config["weight_decay"] if decays else 0.0,
+            peak_lr=config["lr"] * (config["token_lr_scale"] if token else 1.0)))
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(model, config):
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def precision(amp, device):
+    """(autocast context factory, gradient scaler) of --amp on a device."""
+    if amp == "auto":
+        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def find_micro_batch(config, args, world):
+    """Images a process takes at once: as given, else the recipe's or the largest that divides less. Raises ValueError."""
+    share, rest = divmod(config["batch_size"], world)
+    if rest:
+        raise ValueError(f"--batch-size {config['batch_size']} is not divisible by {world} processes")
+    if "micro_batch" not in args:
+        return next(m for m in range(min(RECIPES[config["arch"]]["micro_batch"], share), 0, -1) if share % m == 0)
+    if args.micro_batch < 1 or share % args.micro_batch:
+        raise ValueError(f"--batch-size {config['batch_size']} on {world} process(es) is not divisible by --micro-batch "
+                         f"{args.micro_batch}")
+    return args.micro_batch
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+def start_processes():
+    """(rank, world, device). Joins the process group where torchrun started us; else one process."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def mean_over_ranks(values):
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values.tolist()
+
+
+def say(text, rank=0):
+    if rank == 0:
+        tqdm.write(text)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints, pictures
+
+def save(path, state):
+    """Write a checkpoint whole or not at all: the old one stands until the new one is on the disk."""
+    with open(path + ".tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def open_run(out, config, overwrite, rank):
+    """The state to continue from, or None for a new run. Raises ValueError if another run lives in the folder."""
+    path = os.path.join(out, "last.pt")
+    if os.path.exists(path) and not overwrite:
+        import weights
+        state = weights.read(path)
+        if not isinstance(state, dict) or "config" not in state or "optimizer" not in state:
+            raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
+        differ = [f"{k} ({state['config'].get(k)} there, {v} here)" for k, v in config.items() if state["config"].get(k) != v]
+        if differ:
+            raise ValueError(f"{out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
+        return state
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        for name in ("last.pt", "log.jsonl", "recon.png"):
+            if os.path.exists(os.path.join(out, name)):
+                os.remove(os.path.join(out, name))
+    return None
+
+
+def trim_log(path, step):
+    """Forget what was logged after the checkpoint from which the run continues."""
+    if os.path.exists(path):
+        with open(path) as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
+
+
+@torch.no_grad()
+def draw(path, model, image, mask):
+    """Four rows, a column an image: original, masked, reconstruction, composite (reconstruction where masked)."""
+    training = model.training
+    model.eval()
+    image = data.normalize(image)
+    prediction = model.forward(image, mask)
+    model.train(training)
+    M = masking.resize(mask, image.shape[-2:])
+    hidden = masking.fill(image, mask, "zero" if model.fill == "none" else model.fill)
+    rows = torch.cat([image, hidden, prediction, torch.where(M > 0, prediction, image)])
+    grid = torchvision.utils.make_grid(data.denormalize(rows).cpu(), nrow=len(image), padding=2)
+    times = max(1, 128 // image.shape[-1])                                  # small images are shown larger
+    torchvision.io.write_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2), path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def view(image, generator, size, scale, grid, ratio):
+    """What a loader's worker makes of an image: a crop (3, size, size) uint8, and its mask (grid, grid)."""
+    return data.random_resized_crop(image, size, scale, generator), masking.random_mask(1, grid, ratio, generator)[0]
+
+
+def train(args, config, rank, world, device):
+    # ---- everything that can be wrong is found here
+    micro_batch = find_micro_batch(config, args, world)
+    accumulate = config["batch_size"] // (micro_batch * world)
+    torch.manual_seed(data.key(args.seed))
+    model, criterion = build(config)
+    size, grid = config["img_size"], config["img_size"] // config["mask_size"]
+    if rank > 0:
+        dist.barrier()                                                      # the first process downloads
+    source, held_out = (data.open_source(config["data"], split, size) for split in ("train", "val"))
+    if rank == 0 and world > 1:
+        dist.barrier()
+    name = os.path.basename(os.path.normpath(config["data"]))
+    out = getattr(args, "out", os.path.join("runs", f"{config['arch']}-{config['method']}-{name}"))
+    state = open_run(out, config | dict(seed=args.seed), args.overwrite, rank)
+    start = state["step"] if state else 0
+    steps_per_epoch = len(source) // config["batch_size"]
+    total = config["epochs"] * steps_per_epoch
+    stop = total if args.steps is None else min(args.steps, total)
+    batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, rank, world)
+    views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
+                                                 ratio=config["mask_ratio"]), args.seed)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = getattr(args, "workers", min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    shown = [int(i) for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
+    shown_image = torch.stack([data.center_crop(held_out[i][0], size) for i in shown]).to(device)
+    shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1)).to(device)
+
+    # ---- model, optimizer, precision
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")                          # TF32 where mixed precision is off
+        if world > 1:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device)
+    optimizer = make_optimizer(model, config)
+    autocast, scaler = precision(args.amp, device)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    if args.compile:
+        model.compile()
+    replica = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+        static_graph=accumulate == 1)
+
+    # ---- what this run is
+    log, picture, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "recon.png", "last.pt"))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    say(f"{config['method']}: {config['arch']}, {millions:.1f} M parameters, on {device} × {world}, {config['data']}: "
+        f"{len(source):,} images at {size} px" + ("" if "data" in args else " (no --data given: the built-in images)"), rank)
+    say(f"batch {config['batch_size']} = {world} process(es) × {micro_batch} images × {accumulate} accumulated; "
+        f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}", rank)
+    if state:
+        say(f"{out}: continuing after step {start}" if start < stop else
+            f"{out}: already at step {start} of {total}; --overwrite starts anew, --out elsewhere", rank)
+    if start >= stop:
+        return
+    if rank == 0:
+        trim_log(log, start)
+    bar = tqdm(total=total, initial=start, unit="step", disable=rank > 0 or not sys.stderr.isatty())
+    stream, first_loss, clock, since = iter(data.loader(views, batches, workers, device.type == "cuda")), None, time.time(), start
+
+    model.train()
+    for step in range(start, stop):
+        torch.manual_seed(data.key(args.seed, step, rank))                  # drop path, the same when continued
+        factor = learning_rate(config, step, steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        parts = torch.zeros(3, device=device)
+        for micro in range(accumulate):
+            image, mask = (tensor.to(device, non_blocking=True) for tensor in next(stream))
+            image = data.normalize(image)
+            last = micro == accumulate - 1                                  # gradients travel between processes once
+            with contextlib.nullcontext() if last or world == 1 else replica.no_sync():
+                with autocast():
+                    reconstruction = replica(image, mask)
+                loss = criterion(reconstruction, image, mask)               # in float32
+                scaler.scale(loss["loss"] / accumulate).backward()
+            parts += torch.stack([loss[k].detach() for k in ("loss", "spatial", "frequency")]) / accumulate
+        if config["clip"] is not None:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+
+        done, epoch = step + 1, step // steps_per_epoch + 1
+        if done % args.log_every == 0 or done in (start + 1, stop):
+            means = mean_over_ranks(parts)
+            if rank == 0:
+                seconds = time.time() - clock
+                entry = dict(step=done, epoch=epoch, loss=means[0], spatial=means[1], frequency=means[2], lr=config["lr"] * factor,
+                             images_per_second=(done - since) * config["batch_size"] / seconds)
+                with open(log, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                text = "loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
+                bar.set_postfix_str(text.format(**entry))
+                if bar.disable:
+                    say(f"epoch {epoch} step {done}/{total}: " + text.format(**entry))
+                first_loss = first_loss or means[0]
+                clock, since = time.time(), done
+        if rank == 0 and (done % steps_per_epoch == 0 or done == stop):
+            pause = time.time()
+            draw(picture, model, shown_image, shown_mask)
+            save(checkpoint, dict(format="nanoA2MIM", config=config | dict(seed=args.seed), step=done, model=model.state_dict(),
+                                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+            clock += time.time() - pause
+    bar.close()
+    say(f"loss {first_loss:.4f} -> {means[0]:.4f}. Look at {picture}; the weights are in {checkpoint}." if rank == 0 else "", rank)
+    return out
+
+
+def main(argv=None):
+    args = parse(argv)
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        config = resolve(args)
+        if args.print_config:
+            print(json.dumps(config, indent=2))
+            return
+        rank, world, device = start_processes()
+        train(args, config, rank, world, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
