@@ -265,14 +265,16 @@ class Shapes:
             raise IndexError(index)
         rng, S = np.random.default_rng((*self.seed, 2, index)), self.size
         label = index % len(KINDS)
-        radius = rng.uniform(0.18, 0.4)
+        radius = rng.uniform(0.25, 0.45)
         cx, cy = rng.uniform(radius, 1 - radius, 2)
         angle = rng.uniform(0, 2 * math.pi)
         dx, dy, r = self.x - np.float32(cx * S), self.y - np.float32(cy * S), np.float32(radius * S)
         cos, sin = np.float32(math.cos(angle) / r), np.float32(math.sin(angle) / r)
         u, v = cos * dx + sin * dy, sin * dx - cos * dy                     # the object's own axes, v up
         cover = (KINDS[self.classes[label]](u, v) * r + 0.5).clip(0, 1)     # share of each pixel that it covers
-        image = self.paint(rng, self.noise(rng), contrast=0.5)
+        towards = rng.uniform(0, 2 * math.pi)                               # the background's light falls off in a direction
+        ramp = 0.5 + (math.cos(towards) * (self.x / S - 0.5) + math.sin(towards) * (self.y / S - 0.5))
+        image = self.paint(rng, 0.7 * ramp + 0.3 * self.noise(rng), contrast=0.8)
         image += cover * (self.paint(rng, self.pattern(rng, u, v), contrast=0.8) - image)
         return {"image": torch.from_numpy((image * 255).astype(np.uint8)), "label": label,
                 "pose": torch.tensor([cx, cy, radius, angle]).float(), "mask": torch.from_numpy(cover > 0.5)}

@@ -62,16 +62,24 @@ METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
 
 
 def optional(kind):
-    """An option's value, where `none` means absent (null in the configuration)."""
-    def parse(text):
+    """The type of an option for which `none` means absent (null in the configuration)."""
+    def convert(text):
         return None if text == "none" else kind(text)
-    parse.__name__ = kind.__name__                                          # argparse names it in its messages
-    return parse
+    convert.__name__ = kind.__name__                                        # argparse names it in its messages
+    return convert
+
+
+def one_of(*names):
+    def convert(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+    return convert
 
 
 CONFIG = {  # key of the configuration: (type of --key, help); the recipe's value where the option is absent
-    "arch": (str, f"architecture, and with it the recipe: {', '.join(RECIPES)}"),
-    "method": (str, "a2mim, or the baseline simmim"),
+    "arch": (one_of(*RECIPES), f"architecture, and with it the recipe: {', '.join(RECIPES)}"),
+    "method": (one_of(*METHODS), "a2mim, or the baseline simmim"),
     "data": (str, f"{', '.join(data.SOURCES)} (all but shapes are downloaded), or a folder: of images, of class "
                   "folders, or of train/ and val/ with class folders"),
     "img_size": (int, "side of the square training crops, pixels"),
@@ -79,7 +87,7 @@ CONFIG = {  # key of the configuration: (type of --key, help); the recipe's valu
     "batch_size": (int, "images to an optimizer step, all processes and accumulation together"),
     "lr": (float, "peak learning rate; absent: the recipe's, scaled linearly with the batch size"),
     "min_lr": (optional(float), "where a cosine schedule ends"),
-    "schedule": (str, "step (×0.1 at --lr-step-epoch) or cosine, both after a linear warm-up"),
+    "schedule": (one_of("step", "cosine"), "step (×0.1 at --lr-step-epoch) or cosine, both after a linear warm-up"),
     "lr_step_epoch": (optional(int), "of the step schedule"),
     "warmup_epochs": (float, "of linear warm-up; half of the run at most"),
     "weight_decay": (float, "of AdamW; biases, norms, positions, tokens and scales have none"),
@@ -89,19 +97,19 @@ CONFIG = {  # key of the configuration: (type of --key, help); the recipe's valu
     "mask_size": (int, "side of a mask block, pixels"),
     "mask_ratio": (float, "share of masked blocks"),
     "mask_layer": (int, "the mask token goes in just before this layer, from 0"),
-    "fill": (str, f"what masked pixels show: {', '.join(masking.FILLS)}"),
-    "token": (str, "what the mask token does to masked features: add, replace, none"),
-    "spatial_loss": (str, f"over masked pixels: {', '.join(losses.ELEMENTWISE)}"),
-    "frequency_loss": (optional(str), f"focal, {', '.join(losses.ELEMENTWISE)} or none"),
+    "fill": (one_of(*masking.FILLS), f"what masked pixels show: {', '.join(masking.FILLS)}"),
+    "token": (one_of("add", "replace", "none"), "what the mask token does to masked features: add, replace, none"),
+    "spatial_loss": (one_of(*losses.ELEMENTWISE), f"over masked pixels: {', '.join(losses.ELEMENTWISE)}"),
+    "frequency_loss": (optional(one_of("focal", *losses.ELEMENTWISE)), f"focal, {', '.join(losses.ELEMENTWISE)} or none"),
     "frequency_weight": (optional(float), "λ"),
-    "frequency_standin": (optional(str), f"for visible pixels, before the DFT: {', '.join(losses.STANDINS)}"),
+    "frequency_standin": (optional(one_of(*losses.STANDINS)), f"for visible pixels, before the DFT: {', '.join(losses.STANDINS)}"),
     "frequency_visible": (optional(float), "u, the share of the gradient at visible pixels"),
     "token_lr_scale": (float, "learning rate of the mask token (and γ), relative to all others"),
 }
 
 
 def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("configuration", "what --print-config shows; the recipe's, unless given")
     for name, (kind, text) in CONFIG.items():
@@ -135,21 +143,21 @@ def resolve(args):
     given = vars(args)
     arch, method = given.get("arch", "vit_nano"), given.get("method", "a2mim")
     table = RECIPES if args.recipe == "imagenet" else IMAGENET100
-    for name, value, choices in (("arch", arch, RECIPES), ("method", method, METHODS),
-                                 ("arch for the ImageNet-100 recipe", arch, table)):
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+    if arch not in table:
+        raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
     recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch]
     config = recipe | METHODS[method] | {name: given[name] for name in CONFIG if name in given}
-    for name in ("img_size", "epochs", "batch_size"):
-        if config[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {config[name]}")
+    for name, value, least in [(n, config[n], 1) for n in ("img_size", "epochs", "batch_size")] + [
+            (n, given.get(n), least) for n, least in (("steps", 1), ("log_every", 1), ("micro_batch", 1), ("workers", 0))]:
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if "lr" not in given:
         config["lr"] = recipe["lr"][method] * config["batch_size"] / recipe["batch_size"]
     if config["mask_size"] is None:
         config["mask_size"] = config["img_size"] // 4                       # the small presets: two patches, or 4 blocks a side
     if config["frequency_loss"] is None:
         config |= dict(frequency_weight=None, frequency_standin=None, frequency_visible=None)
+    config["crop_scale"] = list(config["crop_scale"])                       # as JSON has it
     check(config)
     return {name: config[name] for name in CONFIG}
 
@@ -162,8 +170,6 @@ def check(config):
         raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded, not {config['mask_ratio']}")
     if not 0 < low <= high <= 1:
         raise ValueError(f"crop_scale must be two shares of the area, 0 < low <= high <= 1, not {low} {high}")
-    if config["schedule"] not in ("step", "cosine"):
-        raise ValueError(f"unknown schedule {config['schedule']!r}: choose step or cosine")
     if config["schedule"] == "step" and config["lr_step_epoch"] is None:
         raise ValueError("the step schedule needs --lr-step-epoch")
     if config["schedule"] == "cosine" and config["min_lr"] is None:
@@ -235,7 +241,7 @@ def find_micro_batch(config, args, world):
         raise ValueError(f"--batch-size {config['batch_size']} is not divisible by {world} processes")
     if "micro_batch" not in args:
         return next(m for m in range(min(RECIPES[config["arch"]]["micro_batch"], share), 0, -1) if share % m == 0)
-    if args.micro_batch < 1 or share % args.micro_batch:
+    if share % args.micro_batch:
         raise ValueError(f"--batch-size {config['batch_size']} on {world} process(es) is not divisible by --micro-batch "
                          f"{args.micro_batch}")
     return args.micro_batch
@@ -265,6 +271,28 @@ def mean_over_ranks(values):
 def say(text, rank=0):
     if rank == 0:
         tqdm.write(text)
+
+
+def in_turn(rank, world, work):
+    """The result of work(), done by the first process before the others: what it downloads is then there for all."""
+    if rank > 0:
+        dist.barrier()
+    try:
+        return work()
+    finally:
+        if rank == 0 and world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def one_line_errors(show=True, kinds=(ValueError, OSError)):
+    """What is wrong with the user's input is said in one line, without a traceback, with exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        if show:                                                            # from a worker, the message ends a traceback
+            print("train.py: " + str(error).strip().splitlines()[-1].removeprefix("data.BadImage: "), file=sys.stderr)
+        sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints, pictures
@@ -333,32 +361,28 @@ def view(image, generator, size, scale, grid, ratio):
 
 
 def train(args, config, rank, world, device):
-    # ---- everything that can be wrong is found here
-    micro_batch = find_micro_batch(config, args, world)
-    accumulate = config["batch_size"] // (micro_batch * world)
-    torch.manual_seed(data.key(args.seed))
-    model, criterion = build(config)
-    size, grid = config["img_size"], config["img_size"] // config["mask_size"]
-    if rank > 0:
-        dist.barrier()                                                      # the first process downloads
-    source, held_out = (data.open_source(config["data"], split, size) for split in ("train", "val"))
-    if rank == 0 and world > 1:
-        dist.barrier()
-    name = os.path.basename(os.path.normpath(config["data"]))
-    out = getattr(args, "out", os.path.join("runs", f"{config['arch']}-{config['method']}-{name}"))
-    state = open_run(out, config | dict(seed=args.seed), args.overwrite, rank)
-    start = state["step"] if state else 0
-    steps_per_epoch = len(source) // config["batch_size"]
-    total = config["epochs"] * steps_per_epoch
-    stop = total if args.steps is None else min(args.steps, total)
-    batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, rank, world)
+    with one_line_errors(rank == 0):                                        # ---- whatever can be wrong is found here
+        micro_batch = find_micro_batch(config, args, world)
+        accumulate = config["batch_size"] // (micro_batch * world)
+        torch.manual_seed(data.key(args.seed))
+        model, criterion = build(config)
+        size, grid = config["img_size"], config["img_size"] // config["mask_size"]
+        source, held_out = in_turn(rank, world, lambda: [data.open_source(config["data"], s, size) for s in ("train", "val")])
+        steps_per_epoch = len(source) // config["batch_size"]
+        total = config["epochs"] * steps_per_epoch
+        stop = total if args.steps is None else min(args.steps, total)
+        name = os.path.basename(os.path.normpath(config["data"]))
+        out = getattr(args, "out", os.path.join("runs", f"{config['arch']}-{config['method']}-{name}"))
+        shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
+        shown = torch.stack([data.center_crop(image, size) for image in shown])
+        state = open_run(out, config | dict(seed=args.seed), args.overwrite, rank)
+        start = state["step"] if state else 0
+        batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, rank, world)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
                                                  ratio=config["mask_ratio"]), args.seed)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = getattr(args, "workers", min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    shown = [int(i) for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
-    shown_image = torch.stack([data.center_crop(held_out[i][0], size) for i in shown]).to(device)
-    shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1)).to(device)
+    shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1))
 
     # ---- model, optimizer, precision
     if device.type == "cuda":
@@ -437,7 +461,7 @@ def train(args, config, rank, world, device):
                 clock, since = time.time(), done
         if rank == 0 and (done % steps_per_epoch == 0 or done == stop):
             pause = time.time()
-            draw(picture, model, shown_image, shown_mask)
+            draw(picture, model, shown.to(device), shown_mask.to(device))
             save(checkpoint, dict(format="nanoA2MIM", config=config | dict(seed=args.seed), step=done, model=model.state_dict(),
                                   optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
             clock += time.time() - pause
@@ -449,13 +473,14 @@ def train(args, config, rank, world, device):
 def main(argv=None):
     args = parse(argv)
     rank = int(os.environ.get("RANK", 0))
-    try:
+    with one_line_errors(rank == 0):
         config = resolve(args)
-        if args.print_config:
-            print(json.dumps(config, indent=2))
-            return
-        rank, world, device = start_processes()
-        train(args, config, rank, world, device)
+    if args.print_config:
+        print(json.dumps(config, indent=2))
+        return
+    try:
+        with one_line_errors(kinds=data.BadImage):                          # found while training, by any process
+            train(args, config, *start_processes())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

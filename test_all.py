@@ -1,0 +1,489 @@
+"""The proof: python -m pytest -q (about five minutes on two cores; no network, no GPU, no other file needed).
+
+Golden values come from the authors' official code, run in float64; they are held here as scalars over inputs and
+weights that are computed from seeds, and once more tensor by tensor where the full files lie in ../shared/golden.
+"""
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import data
+import losses
+import masking
+import model as models
+import train
+import weights
+
+HERE = Path(__file__).resolve().parent
+GOLDEN = HERE.parent / "shared" / "golden"
+
+
+def relative(a, b):
+    a, b = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (a, b))
+    return float((a - b).norm() / b.norm())
+
+
+# ------------------------------------------------------------------------------------------------ golden values
+
+def philox(seed):
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def official_value(name, shape):
+    """The weights for which the official code's outputs were recorded: a function of each parameter's name."""
+    n = philox(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    leaf = name.split(".")[-1]
+    if leaf == "running_var":
+        return np.abs(n) * np.float32(0.1) + np.float32(1)
+    if leaf == "weight":
+        return 1 + n * np.float32(0.1) if len(shape) == 1 else n * np.float32((1 / np.prod(shape[1:])) ** 0.5)
+    return n * np.float32(0.1)
+
+
+def official_name(name, value):
+    """Our name and shape -> the official code's, written apart from weights.py and the other way round."""
+    shape = list(value.shape)
+    if name.startswith("mask_token."):
+        vit = "token" in name and len(shape) == 1 and shape[0] != 1024
+        return "backbone.mask_" + name.split(".")[1], [1, 1, *shape] if vit else [1, *shape, 1, 1]
+    name = name.replace("decoder.0", "neck.decoder_pred.0").replace("encoder.", "backbone.")
+    if "blocks." in name or name.startswith(("backbone.norm", "backbone.patch")):
+        name = re.sub(r"\.norm(\d)\.", r".ln\1.", name.replace("blocks.", "layers.")).replace("backbone.norm", "backbone.ln1")
+        name = name.replace("mlp.fc1", "ffn.layers.0.0").replace("mlp.fc2", "ffn.layers.1").replace("patch_embed", "patch_embed.projection")
+    return name, shape
+
+
+VIT = dict(arch="vit_b", img_size=64, dim=48, depth=3, heads=4, mlp_dim=192, drop_path=0.0)
+CASES = {  # model, loss, Philox seed of the target, the visible of 2×2 blocks per image
+    "vit_layer0": (VIT | dict(mask_layer=0), dict(spatial="l1", frequency_weight=0.1), 11, [1, 0, 3, 2]),
+    "vit_layer2": (VIT | dict(mask_layer=2), dict(spatial="l1", frequency_weight=0.1), 12, [1, 0, 1, 1]),
+    "resnet50_layer3": (dict(arch="resnet50", img_size=64),
+                        dict(spatial="focal_l1", frequency_weight=0.5, visible=1e-3), 13, [3, 1]),
+}
+# The official values, of tensors: their norm, and their product with cos(0), cos(1), …
+SCALARS = {
+    "vit_layer0": {
+        "loss": 1.1827670057138335, "spatial_loss": 1.1387489059349216, "grad_norm": 0.3926531562342037,
+        "masked_image": (110.86885179767367, 136.376221782762), "feature": (56.039911436622766, -33.72441083539218),
+        "reconstruction": (225.88833051744143, -106.4097086585318),
+        "grad:backbone.mask_token": (0.11316261046981947, -0.039372722379866255),
+        "grad:backbone.patch_embed.projection.weight": (0.10069973857983398, 0.011047484445356928),
+        "grad:backbone.layers.1.attn.relative_position_bias_table": (0.0008761931343396405, 9.556141504132499e-05)},
+    "vit_layer2": {
+        "loss": 1.1788329007990033, "spatial_loss": 1.1305862235400785, "grad_norm": 0.41017464353901395,
+        "masked_image": (111.8614665405646, 52.98460807536344), "feature": (56.06879315328725, -24.36441948402551),
+        "reconstruction": (225.8135829112402, -60.91007449276744),
+        "grad:backbone.mask_token": (0.1167421725881031, -0.026284246380894744),
+        "grad:backbone.patch_embed.projection.weight": (0.1008456396553961, 0.04982625709481933),
+        "grad:backbone.layers.1.attn.relative_position_bias_table": (0.0018265568136409326, -0.0003838373915940189)},
+    "resnet50_layer3": {
+        "loss": 0.7374541716826171, "spatial_loss": 0.2805440480147974, "grad_norm": 69.65059685700773,
+        "masked_image": (77.95791010692916, -8.149730966878826), "feature": (200.20006935921123, 6.730648360112539),
+        "reconstruction": (244.51560732998055, -75.01395229863844),
+        "grad:backbone.mask_token": (0.019205156382611596, -0.00046091163694582816),
+        "grad:backbone.mask_gamma": (0.09499042897355647, 0.06949939785356928),
+        "grad:backbone.conv1.weight": (28.7047939949801, -2.0599841974480935)},
+}
+
+
+def official_model(case):
+    """A case's model in float64, with the official weights brought in by the project's own reader."""
+    model = models.build(**CASES[case][0])
+    names = (official_name(n, v) for n, v in model.state_dict().items() if v.is_floating_point())
+    state = {name: torch.from_numpy(np.asarray(official_value(name, shape))) for name, shape in names}
+    report = weights.load(model, {"state_dict": state, "meta": {}})
+    assert report["format"] == "OpenMixup" and not report["missing"] and not report["unused"]
+    return model.double().train(), state
+
+
+@pytest.fixture(scope="module", params=CASES)
+def reproduced(request):
+    """Everything the golden file of a case holds, computed by our code from seeds."""
+    case = request.param
+    _, loss, seed, visible = CASES[case]
+    target = torch.from_numpy(philox(seed).standard_normal((len(visible), 3, 64, 64), dtype=np.float32)).double()
+    mask = torch.ones(len(visible), 4)
+    mask[range(len(visible)), visible] = 0
+    mask = mask.view(-1, 2, 2).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    feature = official_model(case)[0].encode(target, mask)
+    model, _ = official_model(case)
+    reconstruction = model(target, mask)
+    parts = losses.A2MIMLoss(**loss)(reconstruction, target, mask)
+    parts["loss"].backward()
+    gradients = {official_name(n, p)[0]: p.grad.reshape(official_name(n, p)[1]) for n, p in model.named_parameters()}
+    found = dict(target=target, mask=mask, masked_image=masking.fill(target, mask), feature=feature, loss=parts["loss"],
+                 reconstruction=reconstruction, spatial_loss=parts["spatial"],
+                 grad_norm=torch.cat([g.flatten() for g in gradients.values()]).norm())
+    return case, found | {"grad:" + name: g for name, g in gradients.items()}
+
+
+def test_golden_models_as_scalars(reproduced):
+    case, found = reproduced
+    for name, expected in SCALARS[case].items():
+        value = found[name].detach()
+        if isinstance(expected, float):
+            assert relative(value, expected) < 1e-8, name
+        else:
+            wave = torch.arange(value.numel(), dtype=torch.float64).cos()
+            assert relative(value.norm(), expected[0]) < 1e-8, name
+            assert abs(value.flatten() @ wave - expected[1]) < 1e-8 * expected[0] * wave.norm(), name
+
+
+def test_golden_models_from_files(reproduced):
+    case, found = reproduced
+    if not (GOLDEN / f"{case}.npz").exists():
+        pytest.skip(f"needs {GOLDEN / case}.npz; the scalar test above stands in for it")
+    file = np.load(GOLDEN / f"{case}.npz")
+    assert {n for n, _ in json.loads((GOLDEN / f"{case}.names.json").read_text())} == set(official_model(case)[1])
+    for name in file.files:
+        assert relative(found[name], file[name]) < 1e-8, name
+
+
+# (loss, norm of its gradient in pred): average, log, alpha in the order of itertools.product
+FREQUENCY = {
+    (21, (4, 3, 48, 48)): [
+        (1.2719717755506619, 0.010991467529043798), (0.8350550215512712, 0.007538323003428453),
+        (1.4917083548568768, 0.012776124771974725), (1.2094179200342168, 0.010547014627885855),
+        (0.3346507916121119, 0.0057941206750597544), (0.23204851935313556, 0.004203726643282648),
+        (0.37557616301922153, 0.006452012566336215), (0.29233209104349095, 0.00515559839142862)],
+    (22, (3, 3, 33, 47)): [
+        (1.3368360546516356, 0.016247955968853072), (0.9212802963303058, 0.011682457238138903),
+        (1.5372408742098016, 0.018522741571885673), (1.2690263755418134, 0.015563440811948166),
+        (0.4763266735431927, 0.009969852718179089), (0.34687404215461093, 0.0075623322974856634),
+        (0.5278328398620475, 0.010965998743304438), (0.42731018945484833, 0.00908331786867724)],
+}
+# the same for the whole loss, λ = 0.5: spatial loss, stand-in, u, then focal and the spatial loss's own form
+TOTAL = [
+    (1.2300829128872237, 0.008473659129879798), (1.6593563685238641, 0.009698930211904029),
+    (1.2301133251080978, 0.00847374040425026), (1.6594230441439217, 0.009698659214618158),
+    (1.2703352317064118, 0.00853625887912401), (1.7515410943668637, 0.009382773754031726),
+    (1.2703352324885981, 0.008536259017635038), (1.751541095808012, 0.009382773922877334),
+    (1.216298405476404, 0.008446298207156738), (1.624430792103026, 0.009847126751552894),
+    (1.2163110992102286, 0.008446446787297902), (1.6244328053659407, 0.009847148768309217),
+    (1.2442768580354742, 0.008501410458248666), (1.6924299423903189, 0.009573364588058327),
+    (1.2442680397494288, 0.008501322944320202), (1.6924312838050113, 0.009573337654960403),
+    (0.30118628559346855, 0.0034062092680164024), (0.2673487824557212, 0.002709867787742305),
+    (0.30121669781434257, 0.003406360156857467), (0.2673667865843223, 0.002709864662540478),
+    (0.34143860441265655, 0.0035454224357229737), (0.29424480923194857, 0.002705206766333203),
+    (0.3414386051948429, 0.003545422768259806), (0.2942448096861754, 0.002705206812806296),
+    (0.287401778182649, 0.0033496905728141774), (0.25833975926658154, 0.0027114297898197253),
+    (0.28741447191647335, 0.003349902306422813), (0.2583397984061099, 0.0027114298322292504),
+    (0.3153802307417189, 0.00346465055723952), (0.2764272164419047, 0.0027083329781554272),
+    (0.31537141245567357, 0.0034645232057825665), (0.27642762623074957, 0.0027083328941531187)]
+SIMMIM = 1.1241691861846663
+
+
+def golden_images(seed, shape):
+    rng = philox(seed)
+    pred, target = (torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).double() for _ in range(2))
+    return pred.requires_grad_(), target, torch.from_numpy(rng.random((4, 6, 6)) < 0.6)
+
+
+def assert_loss(value, pred, expected):
+    pred.grad = None
+    value.backward()
+    assert relative(value, expected[0]) < 1e-8 and relative(pred.grad.norm(), expected[1]) < 1e-8
+
+
+@pytest.mark.parametrize("images", FREQUENCY)
+def test_golden_frequency_losses(images):
+    pred, target, _ = golden_images(*images)
+    for expected, (average, log, alpha) in zip(FREQUENCY[images], itertools.product((False, True), (False, True), (0.5, 1.0)), strict=True):
+        assert_loss(losses.frequency_loss(pred, target, average, log, alpha), pred, expected)
+
+
+def test_golden_training_losses():
+    pred, target, mask = golden_images(21, (4, 3, 48, 48))
+    options = itertools.product(("l1", "focal_l1"), ("mixed", "prediction", "target", "mean"), (0.0, 1e-3), ("focal", None))
+    for expected, (spatial, standin, visible, frequency) in zip(TOTAL, options, strict=True):
+        loss = losses.A2MIMLoss(spatial, frequency or spatial, 0.5, standin, visible)
+        assert_loss(loss(pred, target, mask)["loss"], pred, expected)
+    simmim = losses.A2MIMLoss("l1", None)(pred, target, mask)
+    assert relative(simmim["loss"], SIMMIM) < 1e-8 and simmim["frequency"] == 0
+
+
+def test_golden_losses_from_files():
+    if not GOLDEN.exists():
+        pytest.skip(f"needs {GOLDEN}; the two tests above stand in for it")
+    for name, images in zip(("losses_48", "losses_33x47"), FREQUENCY):
+        file, (pred, target, mask) = np.load(GOLDEN / f"{name}.npz"), golden_images(*images)
+        assert np.array_equal(file["pred"], pred.detach()) and np.array_equal(file["target"], target)
+        tested = 0
+        for entry in file.files:
+            kind, _, options = entry.partition(":")
+            if kind == "loss":
+                average, log, alpha = re.fullmatch(r"average(\d)_log(\d)_batchmax1_alpha(.+)", options).groups()
+                value = losses.frequency_loss(pred, target, average == "1", log == "1", float(alpha))
+                assert_loss(value, pred, (file[entry], file["gradnorm:" + options]))
+            elif kind == "total":
+                spatial, standin, u, frequency = re.fullmatch(r"((?:focal_)?l1)_loss_([a-z]+)_u([\d.]+)_(.+)", options).groups()
+                loss = losses.A2MIMLoss(spatial, frequency.removesuffix("_loss"), 0.5, standin, float(u))
+                assert_loss(loss(pred, target, torch.from_numpy(file["mask"]))["loss"], pred, (file[entry], file["totalgradnorm:" + options]))
+            elif kind == "simmim":
+                assert relative(losses.A2MIMLoss("l1", None)(pred, target, mask)["loss"], file[entry]) < 1e-8
+            tested += kind in ("loss", "total", "simmim")
+        assert tested == len([e for e in file.files if not e.startswith(("pred", "target", "mask", "gradnorm", "totalgradnorm"))])
+
+
+# ------------------------------------------------------------------------------------------------ losses.py
+
+def plain_frequency_loss(pred, target, average, log, alpha, maximum):
+    """METHOD's definition, word by word: two full transforms of every image."""
+    P, T = (torch.fft.fft2(image, norm="ortho") for image in (pred, target))
+    D = P.mean(0) - T.mean(0) if average else P - T
+    w = D.abs().detach() ** alpha
+    w = torch.log(1 + w) if log else w
+    if maximum:
+        w = (w / (w.max() if maximum == "batch" else w.amax((-2, -1), keepdim=True))).clamp(0, 1)
+    return (w * D.abs() ** 2).mean()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 12), (12, 9), (7, 5)])
+def test_frequency_loss_is_its_definition(size):
+    pred, target = torch.randn(2, 3, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pred.requires_grad_()
+    for options in itertools.product((False, True), (False, True), (0.5, 1.0, 2.0), ("batch", "image", None)):
+        expected, value = plain_frequency_loss(pred, target, *options), losses.frequency_loss(pred, target, *options)
+        (wanted,), (gradient,) = torch.autograd.grad(expected, pred), torch.autograd.grad(value, pred)
+        assert relative(value, expected) < 1e-12 and relative(gradient, wanted) < 1e-12, options
+
+
+@pytest.mark.parametrize("standin", losses.STANDINS)
+def test_standins_are_their_definition(standin):
+    g = torch.Generator().manual_seed(1)
+    pred, x = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64, generator=g)
+    pred.requires_grad_()
+    mask, u = masking.random_mask(2, 4, 0.6, g), 0.25
+    r = {"mixed": pred.detach() / 2 + x / 2, "prediction": pred.detach(), "target": x,
+         "mean": x.mean((2, 3), keepdim=True).expand_as(x)}[standin]
+    M = mask.double().repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    M_f = M + (1 - M) * u
+    expected = plain_frequency_loss(M_f * pred + (1 - M_f) * r, x, False, False, 1.0, None)
+    loss = losses.A2MIMLoss("l1", "focal", 1.0, standin, u, average=False, log=False, maximum=None)(pred, x, mask)
+    assert relative(loss["frequency"], expected) < 1e-12
+    assert relative(torch.autograd.grad(loss["frequency"], pred)[0], torch.autograd.grad(expected, pred)[0]) < 1e-12
+    assert relative(loss["spatial"], (M * (pred - x).abs()).sum() / (3 * (M.sum() + 1e-5))) < 1e-12
+
+
+def test_loss_types_and_masks():
+    g = torch.Generator().manual_seed(2)
+    pred, target = torch.randn(2, 4, 3, 32, 32, generator=g)
+    mask = masking.random_mask(4, 4, 0.5, g)
+    loss = losses.A2MIMLoss("focal_l1", visible=1e-3)
+    value = loss(pred, target, mask)
+    assert {v.dtype for v in value.values()} == {torch.float32}
+    for dtype in (torch.float16, torch.bfloat16):
+        half = loss(pred.to(dtype), target.to(dtype), mask)
+        assert half["loss"].dtype == torch.float32 and relative(half["loss"], value["loss"]) < 0.02
+    pixels = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    for same in (mask.bool(), mask.to(torch.uint8), mask.double(), pixels, pixels.bool()):
+        assert loss(pred, target, same)["loss"] == value["loss"]
+    assert losses.frequency_loss(target, target) == 0                       # no 0/0 where there is no error
+    with pytest.raises(ValueError, match="does not divide"):
+        loss(pred, target, torch.ones(4, 5, 5))
+    for wrong in (dict(spatial="l2"), dict(frequency="fft"), dict(standin="noise")):
+        with pytest.raises(ValueError, match="choose from"):
+            losses.A2MIMLoss(**wrong)
+    with pytest.raises(ValueError, match="choose 'batch'"):
+        losses.frequency_loss(pred, target, maximum="all")
+
+
+# ------------------------------------------------------------------------------------------------ masking.py
+
+def test_random_mask():
+    g = torch.Generator().manual_seed(0)
+    for grid, ratio, masked in ((7, 0.6, 30), (2, 0.6, 3), (10, 0.07, 7), (6, 0.6, 22)):
+        mask = masking.random_mask(5, grid, ratio, g)
+        assert mask.shape == (5, grid, grid) and set(mask.unique().tolist()) == {0, 1}
+        assert mask.sum((1, 2)).tolist() == [masked] * 5                    # ceil(ratio · grid²) of each image
+    often = masking.random_mask(20000, 4, 0.5, g).mean(0)
+    assert (often - 0.5).abs().max() < 0.02                                 # uniform: 5 standard errors
+    each = masking.random_mask(3, 7, 0.6, [data.generator(i) for i in range(3)])
+    for i in range(3):                                                      # an image's mask is its generator's alone
+        assert torch.equal(each[i], masking.random_mask(1, 7, 0.6, data.generator(i))[0])
+    assert not torch.equal(each[0], each[1])
+    for wrong in (dict(ratio=0.0), dict(ratio=1.0), dict(ratio=-1), dict(ratio=0.5, grid=0), dict(ratio=0.5, generator=[g])):
+        with pytest.raises(ValueError):
+            masking.random_mask(**dict(batch=2, grid=4) | wrong)
+
+
+def test_fill():
+    image = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    mask = torch.tensor([[[1, 0], [0, 0]], [[0, 0], [1, 1]]])
+    pixels = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None].bool().expand_as(image)
+    filled = masking.fill(image, mask)
+    assert torch.equal(filled[~pixels], image[~pixels])
+    assert torch.equal(filled[pixels], image.mean((2, 3), keepdim=True).expand_as(image)[pixels])    # of all pixels
+    assert (masking.fill(image, mask, "zero")[pixels] == 0).all() and torch.equal(masking.fill(image, mask, "none"), image)
+    with pytest.raises(ValueError, match="unknown fill"):
+        masking.fill(image, mask, "median")
+    with pytest.raises(ValueError, match="does not divide"):
+        masking.fill(image, torch.ones(2, 3, 3))
+
+
+@pytest.mark.parametrize("blocks,size", [(7, 224), (3, 21), (6, 6), (24, 8), (5, 35)])
+def test_resize_repeats_blocks(blocks, size):
+    mask = torch.arange(blocks * blocks).view(1, blocks, blocks)
+    if size >= blocks:
+        expected = mask.repeat_interleave(size // blocks, 1).repeat_interleave(size // blocks, 2)
+    else:                                                                   # block masks given at finer resolution
+        mask = mask[:, :size, :size].repeat_interleave(blocks // size, 1).repeat_interleave(blocks // size, 2)
+        expected = mask[:, ::blocks // size, ::blocks // size]
+    assert torch.equal(masking.resize(mask, (size, size))[:, 0].long(), expected)
+
+
+# ------------------------------------------------------------------------------------------------ model.py
+
+def test_mask_token_formula():
+    g = torch.Generator().manual_seed(0)
+    z, mask = torch.randn(2, 5, 4, 4, generator=g), masking.random_mask(2, 2, 0.5, g)
+    M = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    for how, gamma, factor in (("add", None, 1.0), ("replace", 0.3, 0.0), ("add", 0.3, 0.3)):
+        token = models.MaskToken(5, how, gamma)
+        t = token.token.view(5, 1, 1)
+        expected = z * (1 - M) + factor * z * M + t * M
+        assert torch.allclose(token(z, mask), expected, atol=1e-7)
+        assert (how == "add" and gamma is not None) == (sum(1 for _ in token.parameters()) == 2)
+        sequence = torch.cat([torch.randn(2, 1, 5, generator=g), z.flatten(2).transpose(1, 2)], 1)
+        out = token(sequence, mask)
+        assert torch.equal(out[:, 0], sequence[:, 0])                       # never the class token
+        assert torch.allclose(out[:, 1:], expected.flatten(2).transpose(1, 2), atol=1e-7)
+
+
+@pytest.mark.parametrize("arch,layers,units", [("vit_nano", 7, lambda e: [e.embed, *e.blocks[:-1]]),
+                                               ("resnet_nano", 4, lambda e: [e.layer1, e.layer2, e.layer3, e.layer4])])
+def test_mask_layer_counts_units(arch, layers, units):
+    """The token enters just before the unit of its number, and only there."""
+    for mask_layer in range(layers):
+        model = models.build(arch, 32, mask_layer=mask_layer, fill="none").eval()
+        image, mask, seen = torch.randn(2, 3, 32, 32), masking.random_mask(2, 4, 0.6), []
+        originals = model.encoder.layers
+        assert originals[:len(units(model.encoder))] == units(model.encoder)
+        z = expected = model.encoder.stem(image)
+        for i, layer in enumerate(originals):
+            expected = layer(model.mask_token(expected, mask) if i == mask_layer else expected)
+            z = layer(z)
+        assert torch.allclose(model.encode(image, mask), expected) and not torch.allclose(expected, z)
+        assert torch.allclose(model.encoder(image), z)                      # .encoder knows no mask
+    without = models.build(arch, 32, token="none", fill="none").eval()
+    assert without.mask_token is None and torch.equal(without.encode(image, mask), without.encoder(image))
+    with pytest.raises(ValueError, match="mask_layer"):
+        models.build(arch, 32, mask_layer=layers)
+
+
+def test_relative_position_index():
+    n = 3
+    index = models.relative_position_index(n)
+    for (qr, qc), (kr, kc) in itertools.product(itertools.product(range(n), repeat=2), repeat=2):
+        assert index[1 + qr * n + qc, 1 + kr * n + kc] == (qr - kr + n - 1) * (2 * n - 1) + (qc - kc + n - 1)
+    T = (2 * n - 1) ** 2 + 3
+    assert (index[0, 1:] == T - 3).all() and (index[1:, 0] == T - 2).all() and index[0, 0] == T - 1
+
+
+def test_vit_switches_and_shapes():
+    image, mask = torch.randn(2, 3, 48, 48), masking.random_mask(2, 3, 0.6)
+    plain = models.build("vit_nano", 48, patch_size=16, rel_pos_bias=False, abs_pos=True, layer_scale=None, drop_path=0.0)
+    names = set(plain.encoder.state_dict())
+    assert not any("gamma" in n or "relative" in n for n in names) and "pos_embed" in names
+    assert "pos_embed" not in models.build("vit_nano", 48, abs_pos=False).encoder.state_dict()
+    assert plain(image, mask).shape == image.shape and plain.encode(image, mask).shape == (2, 128, 3, 3)
+    model = models.build("vit_b", 32, dim=32, depth=3, heads=2, mlp_dim=64)
+    assert model.encoder.blocks[0].gamma_1.unique().item() == pytest.approx(0.1)
+    assert [b.drop_path.p for b in model.encoder.blocks] == pytest.approx([0, 0.05, 0.1])
+    assert (model.encoder.blocks[0].attn.relative_position_bias_table == 0).all()
+    assert model.mask_token.token.std() < 0.06 and (model.decoder[0].bias == 0).all()
+    with pytest.raises(ValueError, match="built for images of 32"):
+        model.encoder(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="multiples of 32"):
+        models.build("resnet50")(torch.zeros(1, 3, 40, 40), torch.ones(1, 2, 2))
+    for wrong in (dict(arch="vit_x"), dict(arch="vit_b", img_size=100), dict(arch="resnet50", img_size=100), dict(arch="vit_b", heads=7),
+                  dict(arch="vit_b", token="mean"), dict(arch="vit_b", fill="blur"), dict(arch="resnet50", dim=3), dict(arch="vit_nano", img_size=4)):
+        with pytest.raises(ValueError):
+            models.build(**wrong)
+
+
+@pytest.mark.parametrize("arch,millions", [("vit_s", 48.8), ("vit_b", 86.7), ("vit_l", 304.6), ("deit_s", 22)])
+def test_vit_parameter_counts(arch, millions):
+    with torch.device("meta"):
+        encoder = models.build(arch).encoder
+    head = 1000 * (encoder.widths[-1] + 1)
+    assert round((sum(p.numel() for p in encoder.parameters()) + head) / 1e6, 1 if millions != 22 else 0) == millions
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_resnet_is_torchvisions(arch):
+    peer = getattr(torchvision.models, arch)().eval()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in peer.state_dict().items():                      # no zeros and ones that could hide a slip
+            if tensor.ndim == 1:
+                tensor.copy_(torch.rand(tensor.shape, generator=g) * 0.5 + (0.5 if "weight" in name or "var" in name else -0.25))
+    peer.avgpool, peer.fc = torch.nn.Identity(), torch.nn.Identity()
+    ours = models.build(arch, 64).encoder.eval()
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in peer.state_dict().items()}
+    ours.load_state_dict(peer.state_dict())
+    image = torch.randn(2, 3, 64, 64, generator=g)
+    with torch.no_grad():
+        assert relative(ours(image).flatten(1), peer(image)) < 1e-5
+    assert models.build("resnet50").encoder.widths == [64, 256, 512, 1024, 2048]
+
+
+def test_resnet_initialisation_and_drop_path():
+    model = models.build("resnet50", 64, drop_path=0.5)
+    blocks = [b for layer in model.encoder.layers for b in layer]
+    assert all((b.bn3.weight == 0).all() and (b.bn1.weight == 1).all() for b in blocks)
+    assert model.encoder.layer1[0].conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.1)   # fan_out
+    assert torch.allclose(model.mask_token.gamma, torch.full((1024,), 1e-6))
+    hooks = [next(iter(b.bn3._forward_hooks.values())).keywords["p"] for b in blocks]
+    assert hooks == pytest.approx([0.5 * i / 15 for i in range(16)])
+    assert sum(isinstance(m, torch.nn.MaxPool2d) for m in models.build("resnet_nano", 32).modules()) == 0
+    assert models.build("resnet_nano", 32).encoder.strides == [1, 1, 2, 4, 8]
+
+
+def test_drop_path_drops_whole_branches():
+    block = models.Block(8, 2, 16, 0.5, None, None).train()
+    x = torch.randn(400, 3, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    kept = (block(x) == x).all((1, 2)).float().mean().item()
+    assert kept == pytest.approx(0.25, abs=0.08)                            # both branches of a sample dropped
+    assert not (block.eval()(x) == x).any()
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano"])
+def test_compiles_without_graph_breaks(arch):
+    model = models.build(arch, 32).eval()
+    image, mask = torch.randn(2, 3, 32, 32), masking.random_mask(2, 4, 0.6)
+    expected = model(image, mask)
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(image, mask), expected, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(model(image, mask), expected) < 0.05
+
+
+def test_own_encoder():
+    """Whatever offers stem, layers, widths and strides can be pre-trained."""
+    class Tiny(models.Encoder):
+        widths, strides = [8, 16], [4, 8]
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.stage = torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Conv2d(8, 16, 2, 2)
+            self.layers = [self.stage]
+
+    model = models.A2MIM(Tiny())
+    image, mask = torch.randn(2, 3, 32, 64), torch.ones(2, 2, 4)            # not even square
+    assert model(image, mask).shape == image.shape
