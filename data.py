@@ -273,7 +273,7 @@ class Shapes:
         u, v = cos * dx + sin * dy, sin * dx - cos * dy                     # the object's own axes, v up
         cover = (KINDS[self.classes[label]](u, v) * r + 0.5).clip(0, 1)     # share of each pixel that it covers
         towards = rng.uniform(0, 2 * math.pi)                               # the background's light falls off in a direction
-        ramp = 0.5 + (math.cos(towards) * (self.x / S - 0.5) + math.sin(towards) * (self.y / S - 0.5))
+        ramp = 0.5 + 0.7 * (math.cos(towards) * (self.x / S - 0.5) + math.sin(towards) * (self.y / S - 0.5))
         image = self.paint(rng, 0.7 * ramp + 0.3 * self.noise(rng), contrast=0.8)
         image += cover * (self.paint(rng, self.pattern(rng, u, v), contrast=0.8) - image)
         return {"image": torch.from_numpy((image * 255).astype(np.uint8)), "label": label,

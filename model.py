@@ -113,15 +113,16 @@ class ViT(Encoder):
     """Vision transformer, pre-norm, in the flavour of BEiT and SimMIM (Dosovitskiy et al., arXiv 2010.11929).
 
     layer_scale: start of γ1 and γ2, or None. rel_pos_bias, abs_pos: the two kinds of positions, on or off.
+    init_std: of weights, positions and class token; 0.02 suits widths of hundreds, a narrow model needs more.
     `layers[0]` adds class token and positions to the patches, `layers[k]` is block k, counted from 1.
     """
 
     def __init__(self, img_size=224, *, patch_size=16, dim=768, depth=12, heads=12, mlp_dim=3072, drop_path=0.1,
-                 layer_scale=0.1, rel_pos_bias=True, abs_pos=True):
+                 layer_scale=0.1, rel_pos_bias=True, abs_pos=True, init_std=0.02):
         super().__init__()
+        if img_size < 1 or img_size % (patch_size or 8):
+            raise ValueError(f"img_size {img_size} is not a multiple of {patch_size or 8}")
         patch_size = patch_size or img_size // 8                            # None: 8 patches a side
-        if patch_size < 1 or img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size or 8}")
         if dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
         self.img_size, self.grid = img_size, img_size // patch_size         # n, patches a side
@@ -135,7 +136,7 @@ class ViT(Encoder):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         for name, parameter in self.named_parameters():
             if name in ("cls_token", "pos_embed") or name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")):
-                nn.init.trunc_normal_(parameter, std=0.02)
+                nn.init.trunc_normal_(parameter, std=init_std)
             elif name.endswith(("proj.bias", "fc1.bias", "fc2.bias")):
                 nn.init.zeros_(parameter)
 
@@ -302,7 +303,7 @@ PRESETS = {                                                                 # ME
     "vit_l": vit(1024, 24, 16, 4096),
     "deit_t": vit(192, 12, 3, 768, mask_layer=8),
     "deit_s": vit(384, 12, 6, 1536, mask_layer=8),
-    "vit_nano": vit(128, 6, 4, 512, patch_size=None, drop_path=0.0),        # patches of img_size / 8
+    "vit_nano": vit(96, 4, 4, 384, patch_size=None, drop_path=0.0, layer_scale=None, init_std=0.1),  # patches: img_size / 8
     "resnet18": resnet(BasicBlock, 2, 2, 2, 2),
     "resnet34": resnet(BasicBlock, 3, 4, 6, 3),
     "resnet50": resnet(Bottleneck, 3, 4, 6, 3),

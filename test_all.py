@@ -487,3 +487,468 @@ def test_own_encoder():
     model = models.A2MIM(Tiny())
     image, mask = torch.randn(2, 3, 32, 64), torch.ones(2, 2, 4)            # not even square
     assert model(image, mask).shape == image.shape
+
+
+# ------------------------------------------------------------------------------------------------ train.py: recipes
+
+COMMON = dict(data="shapes", batch_size=2048, warmup_epochs=10, weight_decay=0.05, mask_size=32, mask_ratio=0.6)
+STEP = dict(epochs=800, img_size=224, lr=4e-4, min_lr=None, schedule="step", lr_step_epoch=700, clip=5.0, drop_path=0.1,
+            crop_scale=[0.67, 1.0], mask_layer=0, fill="mean", token="add", spatial_loss="l1", frequency_loss="focal",
+            frequency_weight=0.1, frequency_standin="mixed", frequency_visible=0, token_lr_scale=1)
+DEIT = STEP | dict(img_size=192, lr=8e-4, min_lr=1e-5, schedule="cosine", lr_step_epoch=None, mask_layer=8)
+RESNET = dict(epochs=300, img_size=224, lr=1.2e-3, min_lr=1e-5, schedule="cosine", lr_step_epoch=None, clip=None, drop_path=None,
+              crop_scale=[0.8, 1.0], mask_layer=3, fill="mean", token="add", spatial_loss="focal_l1", frequency_loss="focal",
+              frequency_weight=0.5, frequency_standin="mixed", frequency_visible=1e-3, token_lr_scale=0.1)
+OFF = dict(frequency_loss=None, frequency_weight=None, frequency_standin=None, frequency_visible=None)
+TABLE = {"vit_s": STEP, "vit_b": STEP, "vit_l": STEP, "deit_t": DEIT, "deit_s": DEIT,                # METHOD, section 4
+         "resnet18": RESNET, "resnet34": RESNET, "resnet50": RESNET,
+         "resnet101": RESNET | dict(frequency_loss="focal_l1", frequency_weight=0.1),
+         "resnet152": RESNET | OFF, "resnet200": RESNET | OFF}
+TABLE100 = {"deit_t": DEIT, "deit_s": DEIT} | {a: RESNET | dict(epochs=800, img_size=192) for a in ("resnet18", "resnet34", "resnet50")}
+SIMMIM_ROW = OFF | dict(mask_layer=0, fill="none", token="replace", spatial_loss="l1", crop_scale=[0.67, 1.0], token_lr_scale=1)
+
+
+def config_of(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train.main([*map(str, argv), "--print-config"])
+    return json.loads(out.getvalue())
+
+
+@pytest.mark.parametrize("recipe,table", [("imagenet", TABLE), ("imagenet100", TABLE100)])
+@pytest.mark.parametrize("method", ["a2mim", "simmim"])
+def test_recipes(recipe, table, method):
+    for arch, row in table.items():
+        expected = COMMON | row | dict(arch=arch, method=method)
+        if method == "simmim":
+            expected |= SIMMIM_ROW | dict(lr=8e-4 if "resnet" in arch else 4e-4)
+        found = config_of("--arch", arch, "--method", method, "--recipe", recipe)
+        assert found == expected and list(found) == list(train.CONFIG)
+
+
+def test_config_overrides():
+    assert config_of("--arch", "vit_b", "--batch-size", 512)["lr"] == pytest.approx(1e-4)             # scales with the batch
+    assert config_of("--arch", "vit_b", "--batch-size", 512, "--lr", 3e-4)["lr"] == 3e-4              # unless given
+    assert config_of("--arch", "resnet50", "--frequency-loss", "none")["frequency_weight"] is None
+    assert config_of("--arch", "resnet152", "--frequency-loss", "focal")["frequency_standin"] == "mixed"
+    assert config_of("--arch", "vit_b", "--clip", "none")["clip"] is None
+    assert config_of("--img-size", 96)["mask_size"] == 24
+    given = {"arch": "resnet_nano", "method": "simmim", "data": "elsewhere", "crop_scale": [0.5, 0.9], "schedule": "step",
+             "lr_step_epoch": 3, "fill": "zero", "token": "add", "spatial_loss": "focal_l1", "frequency_loss": "l1",
+             "frequency_standin": "mean", "img_size": 96, "mask_size": 24, "mask_layer": 1, "epochs": 5, "batch_size": 12}
+    given |= {k: 0.125 for k in train.CONFIG if k not in given}
+    argv = [s for k, v in given.items() for s in ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]]
+    assert config_of(*argv) == given                                        # every key is an option
+
+
+def test_schedules():
+    config = config_of("--arch", "resnet50")
+    rate = [train.learning_rate(config, step, 7) * config["lr"] for step in range(300 * 7)]
+    for t in (0, 3, 69):
+        assert rate[t] == pytest.approx(1.2e-3 * (t + 1) / 70)
+    for t in (70, 500, 2099):
+        assert rate[t] == pytest.approx(1e-5 + (1.2e-3 - 1e-5) * (1 + math.cos(math.pi * (t - 70) / (2100 - 70))) / 2)
+    config = config_of("--arch", "vit_b")
+    assert [train.learning_rate(config, 7 * epoch, 7) for epoch in (10, 699, 700, 799)] == [1, 1, 0.1, 0.1]
+    assert train.learning_rate(config, 700 * 7 - 1, 7) == 1
+    short = config_of("--arch", "resnet50", "--epochs", 4)
+    assert train.learning_rate(short, 13, 7) == 1 > train.learning_rate(short, 12, 7)                 # warm-up: half at most
+    tiny = config_of("--arch", "resnet50", "--batch-size", 2)               # lr below min_lr: never above lr
+    assert all(0 < train.learning_rate(tiny, step, 1) <= 1 for step in range(300))
+
+
+def test_parameter_groups():
+    for arch, scale in (("vit_nano", 1.0), ("resnet_nano", 0.1)):
+        config = config_of("--arch", arch)
+        model, _ = train.build(config)
+        names = {id(p): n for n, p in model.named_parameters()}
+        seen = {}
+        for group in train.make_optimizer(model, config).param_groups:
+            for p in group["params"]:
+                seen[names[id(p)]] = group["weight_decay"], group["peak_lr"]
+        assert set(seen) == set(names.values())
+        for name, (decay, lr) in seen.items():
+            bare = re.search(r"bias|norm|bn|downsample\.1|pos_embed|cls_token|mask_token|gamma", name)
+            assert decay == (0 if bare else 0.05), name
+            assert lr == pytest.approx(config["lr"] * (scale if name.startswith("mask_token") else 1)), name
+
+
+# ------------------------------------------------------------------------------------------------ data.py
+
+def stream(**changes):
+    """Hashes of what a run's first six steps would see, in the order of the whole batch."""
+    o = dict(world=1, micro=12, workers=0, start=0, seed=0) | changes
+    view = train.functools.partial(train.view, size=16, scale=(0.5, 1.0), grid=4, ratio=0.6)
+    views = data.Views(data.Shapes(16, count=40), view, o["seed"])
+    ranks = [list(data.loader(views, data.Batches(40, 12, o["micro"], o["start"], 6, o["seed"], rank, o["world"]), o["workers"]))
+             for rank in range(o["world"])]
+    return [zlib.crc32(image.numpy().tobytes() + mask.numpy().tobytes()) for micros in zip(*ranks, strict=True)
+            for images, masks in micros for image, mask in zip(images, masks)]
+
+
+def test_stream_depends_on_nothing_but_the_seed():
+    expected = stream()
+    assert len(expected) == 72 and len(set(expected)) == 72                 # no two crops alike, repeated images included
+    for same in (dict(micro=4), dict(world=2, micro=6), dict(world=3, micro=2), dict(workers=2), dict(world=2, micro=3, workers=1)):
+        assert stream(**same) == expected, same
+    assert stream(start=4) == expected[48:]                                 # continued, in another epoch
+    assert set(stream(seed=1)).isdisjoint(expected)
+
+
+def test_batches_cover_each_epoch_once():
+    batches = list(data.Batches(10, 3, 3, 0, 6))
+    for epoch in (batches[:3], batches[3:]):
+        assert len({index for batch in epoch for _, _, index in batch}) == 9
+    assert [(e, p) for b in batches for e, p, _ in b] == [(e, p) for e in (0, 1) for p in range(9)]
+    assert [i for b in batches[:3] for *_, i in b] != [i for b in batches[3:] for *_, i in b]
+    for wrong in (dict(images=2), dict(micro_batch=2), dict(world=2)):
+        with pytest.raises(ValueError, match="batch"):
+            data.Batches(**dict(images=10, batch_size=3, micro_batch=3, start=0, stop=1) | wrong)
+
+
+def test_random_resized_crop():
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
+    image = torch.stack([y * 4, x * 3, y]).byte()                           # a picture that says where it was cut
+    share, aspects, flips = [], [], 0
+    for i in range(400):
+        crop = data.random_resized_crop(image, 32, (0.3, 0.9), data.generator(i)).float()
+        height, width = (float(c[..., -1].mean() - c[..., 0].mean()) for c in (crop[0].T[None] / 4, crop[1][None] / 3))
+        flips += width < 0
+        share.append(abs(height * width) * (32 / 31) ** 2 / (60 * 80))
+        aspects.append(abs(width / height))
+    assert 0.25 < min(share) < 0.36 and 0.8 < max(share) < 0.95 and np.mean(share) == pytest.approx(0.58, abs=0.04)
+    assert 0.7 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.45 and 160 < flips < 240
+    reference = torchvision.transforms.v2.functional.resized_crop(image, 0, 0, 60, 80, [32, 32], antialias=True)
+    whole = data.random_resized_crop(image, 32, (1.0, 1.0), data.generator(0), ratio=(80 / 60, 80 / 60))
+    assert torch.equal(whole, reference) or torch.equal(whole.flip(-1), reference)
+    strip = data.random_resized_crop(torch.zeros(3, 8, 400, dtype=torch.uint8), 32, (0.9, 1.0), data.generator(0))
+    assert strip.shape == (3, 32, 32)                                       # no try fits: the largest centred crop
+    one = data.random_resized_crop(torch.zeros(3, 1, 1, dtype=torch.uint8), 32, (0.67, 1.0), data.generator(0))
+    assert one.shape == (3, 32, 32)
+    batch = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(data.denormalize(data.normalize(batch)), batch)
+    assert relative(data.normalize(batch)[:, 1], (batch[:, 1] / 255 - 0.456) / 0.224) < 1e-6
+
+
+def write_images(folder, names, size=(40, 30)):
+    for i, name in enumerate(names):
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    return str(folder)
+
+
+def test_folders(tmp_path):
+    root = write_images(tmp_path / "a", ["train/cat/1.jpg", "train/dog/x/2.PNG", "val/cat/3.jpg", "val/dog/4.jpg", "val/dog/5.bmp"])
+    source, held = data.Folder(root, "train"), data.Folder(root, "val")
+    assert (len(source), len(held), source.classes, held.classes) == (2, 3, ["cat", "dog"], ["cat", "dog"])
+    assert [source[i][1] for i in range(2)] == [0, 1] and source[0][0].shape == (3, 30, 40)
+    root = write_images(tmp_path / "b", [f"{'cat' if i % 2 else 'dog'}/{i:03}.png" for i in range(40)])
+    source, held = data.Folder(root, "train"), data.Folder(root, "val")
+    assert (len(source), len(held)) == (32, 8) and set(source.paths).isdisjoint(held.paths) and source.classes == ["cat", "dog"]
+    root = write_images(tmp_path / "c", [f"é {i}.png" for i in range(5)])   # flat, any name
+    source, held = data.Folder(root, "train"), data.Folder(root, "val")
+    assert (len(source), len(held), source[0][1], source.classes) == (4, 1, -1, [])
+    (tmp_path / "d" / "cat").mkdir(parents=True)
+    for wrong, says in ((tmp_path / "d", "no images"), (tmp_path / "nowhere", "no folder")):
+        with pytest.raises(ValueError, match=says):
+            data.Folder(str(wrong), "train")
+
+
+def test_image_formats(tmp_path):
+    picture = Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], dtype=np.uint8), np.ones((16, 16), dtype=np.uint8)))
+    for name, mode in (("grey.jpg", "L"), ("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("alpha.png", "RGBA"), ("bits.png", "1"),
+                       ("a.gif", "P"), ("a.bmp", "RGB"), ("a.tif", "RGB"), ("a.webp", "RGB")):
+        picture.convert(mode).save(tmp_path / name)
+        image = data.read_image(str(tmp_path / name))
+        assert image.shape == (3, 32, 32) and image.dtype == torch.uint8, name
+        if mode != "1":
+            assert (image.float().mean(0)[[4, 4, 27, 27], [4, 27, 4, 27]] - torch.tensor([0., 80, 160, 240])).abs().max() < 12, name
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # shot with the camera turned
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_image(str(tmp_path / "turned.jpg"))[0, 4, 4] > 140
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "grey.jpg").read_bytes()[:150])
+    with pytest.raises(data.BadImage, match="broken.jpg is no readable image"):
+        data.read_image(str(tmp_path / "broken.jpg"))
+
+
+def test_shapes_world():
+    world = data.Shapes(48)
+    assert len(world) == 4096 and len(world.classes) >= 8
+    for index in range(40):
+        s = world.sample(index)
+        x, y, radius, angle = s["pose"].tolist()
+        assert s["image"].shape == (3, 48, 48) and s["image"].dtype == torch.uint8 and s["label"] == index % 10
+        assert torch.equal(s["image"], data.Shapes(48).sample(index)["image"])                         # by seed and index
+        rows, columns = s["mask"].nonzero(as_tuple=True)
+        assert len(rows) > 20                                               # the mask lies within the pose's circle
+        far = ((columns + 0.5 - x * 48) ** 2 + (rows + 0.5 - y * 48) ** 2).sqrt().max()
+        assert 0.7 < far / (radius * 48) < 1.15 and 0 <= angle < 2 * math.pi
+        large = data.Shapes(96).sample(index)                               # the same thing at any size
+        assert torch.equal(large["pose"], s["pose"])
+        both = torch.nn.functional.max_pool2d(large["mask"][None].float(), 2)[0].bool()
+        assert (both ^ s["mask"]).float().mean() < 0.06
+    s, u = world.sample(0), world.sample(1)
+    assert not torch.equal(s["image"], data.Shapes(48, "val")[0][0]) and not torch.equal(s["image"], data.Shapes(48, seed=1)[0][0])
+    for kind, inside in data.KINDS.items():                                 # no kind looks the same when turned
+        v, u = np.mgrid[-1:1:65j, -1:1:65j]
+        upright = inside(u, v) > 0
+        for degrees in (30, 60, 90, 120, 180, 240, 270):
+            c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+            assert ((inside(c * u + s * v, c * v - s * u) > 0) ^ upright).sum() > 0.1 * upright.sum(), (kind, degrees)
+    spectrum = np.abs(np.fft.fft2(data.pink_noise(32, 64, np.random.default_rng(0))))[:, 0].mean(0)
+    assert spectrum[2] / spectrum[16] == pytest.approx(8, rel=0.3)          # amplitude falls as 1/f
+
+
+def test_downloads_say_what_failed(tmp_path, monkeypatch):
+    class Unreachable:
+        def __init__(self, root, download, **split):
+            raise OSError("no route to host\nmore")
+
+    with pytest.raises(ValueError, match="^Unreachable cannot be downloaded to .*: no route to host$"):
+        data.Download(Unreachable, str(tmp_path))
+
+    class Arrays:                                                           # as CIFAR and STL-10 hold them
+        classes = ["a", "b"]
+
+        def __init__(self, root, download, last):
+            self.data = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape((2, 4, 4, 3) if last else (2, 3, 4, 4))
+            setattr(self, *("targets", [1, 0]) if last else ("labels", np.array([1, -1])))
+
+    image, label = data.Download(Arrays, str(tmp_path), last=True)[1]
+    assert image.shape == (3, 4, 4) and image[:, 0, 0].tolist() == [48, 49, 50] and label == 0
+    image, label = data.Download(Arrays, str(tmp_path), last=False)[1]
+    assert image.shape == (3, 4, 4) and image[0, 0].tolist() == [48, 49, 50, 51] and label == -1
+
+
+# ------------------------------------------------------------------------------------------------ weights.py
+
+def test_weights_report_and_refuse(tmp_path):
+    model = models.build("vit_nano", 32)
+    state = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    torch.save({"model": state, "step": 1}, tmp_path / "ours.pt")
+    report = weights.load(model, tmp_path / "ours.pt")
+    assert report["format"] == "nanoA2MIM" and not report["missing"] and not report["unused"]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    encoder = {k: v for k, v in state.items() if k.startswith("encoder.")} | {"head.weight": torch.ones(3)}
+    report = weights.load(models.build("vit_nano", 32), encoder)            # as far as the file has them
+    assert report["missing"] == ["mask_token.token", "decoder.0.weight", "decoder.0.bias"] and report["unused"] == ["head.weight"]
+
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.save({"model": models.build("vit_nano", 64).state_dict()}, tmp_path / "size.pt")
+    torch.save({"state_dict": {"conv.weight": torch.ones(1)}}, tmp_path / "foreign.pt")
+    torch.save({"state_dict": {k: v for k, v in list(state.items())[:9]}}, tmp_path / "part.pt")
+    torch.save({"model": 3}, tmp_path / "empty.pt")
+    torch.save({"model": state, "args": train.argparse.Namespace(lr=1)}, tmp_path / "objects.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "ours.pt").read_bytes()[:-1000])
+    for name, says in (("size.pt", "build the model with"), ("foreign.pt", "no known format"), ("part.pt", "another architecture"),
+                       ("empty.pt", "holds no state_dict"), ("objects.pt", "never run"), ("text.pt", "no PyTorch checkpoint"),
+                       ("cut.pt", "no PyTorch checkpoint"), ("none.pt", "no checkpoint at")):
+        with pytest.raises(ValueError, match=says) as error:
+            weights.load(model, str(tmp_path / name))
+        assert len(str(error.value).splitlines()) == 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ train.py: runs
+
+def run(out, *argv):
+    """A small run in this process: its log."""
+    train.main(["--img-size", "32", "--batch-size", "16", "--workers", "0", "--log-every", "1", "--out", str(out), *map(str, argv)])
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arch,options", [("vit_nano", []), ("vit_nano", ["--method", "simmim"]), ("resnet_nano", ["--lr", "3e-3"])])
+def test_training_learns(tmp_path, capsys, arch, options):
+    log = run(tmp_path / "run", "--arch", arch, "--epochs", 1, "--steps", 60, *options)
+    assert [e["step"] for e in log] == list(range(1, 61)) and {e["epoch"] for e in log} == {1}
+    assert list(log[0]) == ["step", "epoch", "loss", "spatial", "frequency", "lr", "images_per_second"]
+    weight = config_of("--arch", arch, *options)["frequency_weight"] or 0
+    assert all(e["loss"] == pytest.approx(e["spatial"] + weight * e["frequency"], rel=1e-5) for e in log)
+    assert np.mean([e["loss"] for e in log[-10:]]) < 0.85 * np.mean([e["loss"] for e in log[:10]])
+    picture = torchvision.io.read_image(str(tmp_path / "run" / "recon.png"))
+    assert picture.shape[1] > 4 * 32 and picture.shape[2] > 8 * 32 and picture.float().std() > 10
+    said = capsys.readouterr()
+    assert "no --data given" in said.out and "step 60/" in said.out and said.err == ""
+    model = models.build(arch, 32)
+    assert not weights.load(model, tmp_path / "run" / "last.pt")["missing"] or "simmim" in options
+
+
+def test_resume_is_exact(tmp_path, capsys):
+    def state(out):
+        return torch.load(tmp_path / out / "last.pt", weights_only=True)
+
+    options = ["--arch", "vit_nano", "--drop-path", 0.2, "--epochs", 1]     # with its own randomness
+    whole = run(tmp_path / "whole", *options, "--steps", 6)
+    run(tmp_path / "parts", *options, "--steps", 4)
+    lines = (tmp_path / "parts" / "log.jsonl").read_text()
+    (tmp_path / "parts" / "log.jsonl").write_text(lines + lines.splitlines()[-1].replace('"step": 4', '"step": 5') + '\n{"step')
+    parts = run(tmp_path / "parts", *options, "--steps", 6)                 # as after a crash in the middle of step 5
+    assert "continuing after step 4" in capsys.readouterr().out
+    assert [e["loss"] for e in parts] == [e["loss"] for e in whole]
+    a, b = state("whole"), state("parts")
+    assert a["step"] == b["step"] == 6 and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    before = (tmp_path / "parts" / "last.pt").read_bytes()
+    run(tmp_path / "parts", *options, "--steps", 6)
+    assert "already at step 6" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "parts", *options, "--mask-ratio", 0.5)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "mask_ratio (0.6 there, 0.5 here)" in said and len(said.splitlines()) == 1
+    assert (tmp_path / "parts" / "last.pt").read_bytes() == before
+    assert len(run(tmp_path / "parts", *options, "--mask-ratio", 0.5, "--steps", 2, "--overwrite")) == 2
+
+
+def test_folder_of_images_trains_and_names_a_bad_one(tmp_path, capfd):
+    root = write_images(tmp_path / "images", [f"{i:02}.png" for i in range(24)])
+    log = run(tmp_path / "run", "--arch", "resnet_nano", "--data", root, "--epochs", 2, "--workers", 2)
+    assert len(log) == 2 and log[-1]["epoch"] == 2
+    held = set(data.Folder(root, "val").paths)
+    victim = next(p for p in data.Folder(root, "train").paths if p not in held).decode()
+    Path(root, victim).write_bytes(b"no image")
+    capfd.readouterr()
+    for workers in (0, 1):
+        with pytest.raises(SystemExit) as error:
+            run(tmp_path / "bad", "--data", root, "--epochs", 4, "--workers", workers, "--overwrite")
+        said = capfd.readouterr().err
+        assert error.value.code == 2 and f"{victim} is no readable image" in said and len(said.splitlines()) == 1
+
+
+def test_precision_follows_the_device():
+    for amp, dtype in (("auto", None), ("off", None), ("bf16", torch.bfloat16)):
+        autocast, scaler = train.precision(amp, torch.device("cpu"))
+        with autocast():
+            out = torch.nn.Linear(4, 4)(torch.ones(1, 4))
+        assert out.dtype == (dtype or torch.float32) and not scaler.is_enabled()
+
+
+BAD = [  # options, what the one line must say
+    ("--arch vit_x", "'vit_x' is none of vit_s"),
+    ("--method mae", "'mae' is none of"),
+    ("--frequency-loss fft", "'fft' is none of focal, l1, focal_l1"),
+    ("--fill median", "none of mean, zero, none"),
+    ("--lr fast", "invalid float value: 'fast'"),
+    ("--unknown 3", "unrecognized arguments"),
+    ("--crop-scale 0.5", "expected 2 arguments"),
+    ("--img-size 65", "not a multiple of"),
+    ("--arch vit_b --img-size 100", "not a multiple of"),
+    ("--arch resnet50 --img-size 200", "not a multiple of"),
+    ("--img-size 64 --mask-size 24", "not a multiple of mask_size"),
+    ("--img-size 64 --mask-size 4", "not a multiple of 8, the encoder's stride at layer 0"),
+    ("--mask-ratio 0", "between 0 and 1"),
+    ("--mask-ratio 1", "between 0 and 1"),
+    ("--mask-ratio nan", "between 0 and 1"),
+    ("--mask-layer 7", "0..6"),
+    ("--arch resnet_nano --mask-layer -1", "0..3"),
+    ("--crop-scale 0.9 0.5", "crop_scale"),
+    ("--drop-path 1", "drop_path"),
+    ("--epochs 0", "at least 1"),
+    ("--steps 0", "at least 1"),
+    ("--batch-size 0", "at least 1"),
+    ("--batch-size 10 --micro-batch 4", "not divisible by --micro-batch 4"),
+    ("--batch-size 5000", "make no batch of 5000"),
+    ("--lr -1", "must not be negative"),
+    ("--lr nan", "must not be negative"),
+    ("--schedule step", "needs --lr-step-epoch"),
+    ("--arch vit_b --recipe imagenet100", "no ImageNet-100 recipe of vit_b"),
+    ("--data {tmp}/missing", "no folder"),
+    ("--data {tmp}/empty", "no images"),
+    ("--data {tmp}/file.txt", "no folder"),
+    ("--data {tmp}/few", "make no batch of"),
+    ("--data {tmp}/broken", "is no readable image"),
+    ("--out {tmp}/foreign", "no checkpoint of this program"),
+    ("--out {tmp}/damaged", "is damaged"),
+    ("--out {tmp}/file.txt", "file.txt"),
+]
+
+
+@pytest.fixture
+def bad_inputs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("hello")
+    write_images(tmp_path / "few", [f"{i}.png" for i in range(5)])
+    (tmp_path / "broken").mkdir()
+    for i in range(100):
+        (tmp_path / "broken" / f"{i}.jpg").write_text("hello")
+    for name in ("foreign", "damaged"):
+        (tmp_path / name).mkdir()
+    torch.save({"state_dict": {}}, tmp_path / "foreign" / "last.pt")
+    (tmp_path / "damaged" / "last.pt").write_text("hello")
+    return tmp_path
+
+
+def test_bad_input_is_one_line(bad_inputs, capsys):
+    def tree():
+        return {p: p.read_bytes() for p in bad_inputs.rglob("*") if p.is_file()}
+
+    before = tree()
+    for options, says in BAD:
+        argv = shlex.split(options.format(tmp=bad_inputs))
+        with pytest.raises(SystemExit) as error:
+            train.main(argv if "--out" in argv else argv + ["--out", str(bad_inputs / "out")])
+        said = capsys.readouterr()
+        assert error.value.code == 2 and says in said.err and len(said.err.splitlines()) == 1, (options, said.err)
+    assert tree() == before and not (bad_inputs / "out").exists()
+
+
+def process(argv, **options):
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, timeout=300, cwd=HERE, **options)
+
+
+def test_bad_input_as_a_process(bad_inputs):
+    for options, says in (BAD[0], ("--data {tmp}/missing", "no folder")):
+        done = process(["train.py", *shlex.split(options.format(tmp=bad_inputs))])
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+def torchrun(processes, out, *argv):
+    done = process(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py", "--out", out, *argv])
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_are_one(tmp_path):
+    """The same loss curve from the same total batch, on 1 or 2 processes, with and without accumulation."""
+    options = ["--frequency-loss", "none", "--drop-path", "0", "--img-size", "32", "--batch-size", "32", "--epochs", "1",
+               "--steps", "20", "--log-every", "1"]
+    one = torchrun(1, tmp_path / "one", *options, "--workers", "0")
+    assert len(one) == 20
+    for name, processes, more in (("two", 2, ["--workers", "1"]), ("accumulated", 2, ["--micro-batch", "4", "--workers", "0"]),
+                                  ("alone", 1, ["--micro-batch", "8", "--workers", "2"])):
+        other = torchrun(processes, tmp_path / name, *options, *more)
+        assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, other, strict=True)) < 1e-5, name
+
+
+def test_published_command_with_a_small_batch(tmp_path):
+    """torchrun … train.py --arch vit_b as it stands, but for the number of processes, the batch and the steps."""
+    log = torchrun(2, tmp_path / "vit_b", "--arch", "vit_b", "--batch-size", "4", "--steps", "1", "--workers", "1")
+    assert len(log) == 1 and 0.5 < log[0]["loss"] < 3 and log[0]["lr"] == pytest.approx(4e-4 * 4 / 2048 / 10240)
+
+
+# ------------------------------------------------------------------------------------------------ README.md
+
+def readme_commands():
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
+    return [c.split("train.py", 1)[1].split("#")[0].strip() for b in blocks for c in re.split(r"\n|&&", b)
+            if re.match(r"\s*(python|torchrun) .*train\.py", c)]
+
+
+def test_readme_commands_are_valid_and_published():
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        argv = shlex.split(command)
+        config = config_of(*argv)
+        if "imagenet" in config["data"]:                                    # every ImageNet command is a published recipe
+            arch, recipe100 = config["arch"], "imagenet100" in argv
+            expected = COMMON | (TABLE100 if recipe100 else TABLE)[arch] | dict(arch=arch, method=config["method"], data=config["data"])
+            if arch == "resnet50" and not recipe100:
+                expected["epochs"] = config["epochs"]
+                assert config["epochs"] in (100, 300)
+            if config["method"] == "simmim":
+                expected |= SIMMIM_ROW | dict(lr=8e-4 if "resnet" in arch else 4e-4)
+            assert config == expected, command

@@ -40,16 +40,17 @@ DEIT = VIT | COSINE | dict(img_size=192, lr=dict(a2mim=8e-4, simmim=4e-4))
 RESNET = VIT | COSINE | dict(epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None,
                              crop_scale=(0.8, 1.0), spatial_loss="focal_l1", frequency_weight=0.5,
                              frequency_visible=1e-3, token_lr_scale=0.1)
-NANO = COSINE | dict(epochs=4, img_size=64, batch_size=64, micro_batch=64, warmup_epochs=1, mask_size=None)
+NANO = COSINE | dict(epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3), warmup_epochs=1,
+                     mask_size=None)
 
 RECIPES = {
     "vit_s": VIT, "vit_b": VIT | dict(micro_batch=128), "vit_l": VIT | dict(micro_batch=128),
     "deit_t": DEIT, "deit_s": DEIT,
-    "vit_nano": VIT | NANO | dict(lr=dict(a2mim=1e-3, simmim=1e-3), drop_path=0.0),
+    "vit_nano": VIT | NANO | dict(drop_path=0.0),
     "resnet18": RESNET, "resnet34": RESNET, "resnet50": RESNET,
     "resnet101": RESNET | dict(frequency_loss="focal_l1", frequency_weight=0.1),
     "resnet152": RESNET | dict(frequency_loss=None), "resnet200": RESNET | dict(frequency_loss=None),
-    "resnet_nano": RESNET | NANO | dict(lr=dict(a2mim=1e-3, simmim=1e-3), img_size=32),
+    "resnet_nano": RESNET | NANO | dict(img_size=32),
 }
 IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT} | dict.fromkeys(
     ("resnet18", "resnet34", "resnet50"), RESNET | dict(epochs=800, img_size=192))
@@ -306,7 +307,7 @@ def save(path, state):
     os.replace(path + ".tmp", path)
 
 
-def open_run(out, config, overwrite, rank):
+def open_run(out, config, overwrite):
     """The state to continue from, or None for a new run. Raises ValueError if another run lives in the folder."""
     path = os.path.join(out, "last.pt")
     if os.path.exists(path) and not overwrite:
@@ -318,22 +319,23 @@ def open_run(out, config, overwrite, rank):
         if differ:
             raise ValueError(f"{out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
         return state
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        for name in ("last.pt", "log.jsonl", "recon.png"):
-            if os.path.exists(os.path.join(out, name)):
-                os.remove(os.path.join(out, name))
     return None
 
 
-def trim_log(path, step):
-    """Forget what was logged after the checkpoint from which the run continues."""
-    if os.path.exists(path):
-        with open(path) as file:
+def start_folder(out, step):
+    """Make the run's folder, without what a run that starts after `step` will write there again."""
+    os.makedirs(out, exist_ok=True)
+    log = os.path.join(out, "log.jsonl")
+    if step == 0:
+        for name in ("last.pt", "log.jsonl", "recon.png"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(out, name))
+    elif os.path.exists(log):
+        with open(log) as file:                                             # what was logged after the checkpoint, or half
             kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(path + ".tmp", "w") as file:
+        with open(log + ".tmp", "w") as file:
             file.writelines(kept)
-        os.replace(path + ".tmp", path)
+        os.replace(log + ".tmp", log)
 
 
 @torch.no_grad()
@@ -375,9 +377,11 @@ def train(args, config, rank, world, device):
         out = getattr(args, "out", os.path.join("runs", f"{config['arch']}-{config['method']}-{name}"))
         shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
         shown = torch.stack([data.center_crop(image, size) for image in shown])
-        state = open_run(out, config | dict(seed=args.seed), args.overwrite, rank)
+        state = open_run(out, config | dict(seed=args.seed), args.overwrite)
         start = state["step"] if state else 0
         batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, rank, world)
+        if rank == 0 and start < stop:
+            start_folder(out, start)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
                                                  ratio=config["mask_ratio"]), args.seed)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -414,8 +418,6 @@ def train(args, config, rank, world, device):
             f"{out}: already at step {start} of {total}; --overwrite starts anew, --out elsewhere", rank)
     if start >= stop:
         return
-    if rank == 0:
-        trim_log(log, start)
     bar = tqdm(total=total, initial=start, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     stream, first_loss, clock, since = iter(data.loader(views, batches, workers, device.type == "cuda")), None, time.time(), start
 
