@@ -46,7 +46,7 @@ class Batches:
 
     def __init__(self, images, batch_size, micro_batch, start, stop, seed=0, rank=0, world=1):
         if images < batch_size:
-            raise ValueError(f"{images} training images make no batch of {batch_size}: give --batch-size {images} or less")
+            raise ValueError(f"{images} training images make no batch of {batch_size}: give more, or a smaller --batch-size")
         if batch_size % (micro_batch * world):
             raise ValueError(f"batch size {batch_size} is not a multiple of micro-batch {micro_batch} × {world} process(es)")
         self.images, self.batch_size, self.micro_batch, self.seed = images, batch_size, micro_batch, seed
@@ -154,7 +154,7 @@ class Folder:
         parts = {name: path for name, path in parts.items() if os.path.isdir(path)}
         own = next((parts[n] for n in ("val", "valid", "test") if n in parts), None) if "train" in parts else None
         self.root = own if own and split == "val" else parts.get("train", root)
-        found = sorted(os.path.relpath(os.path.join(folder, name), self.root)
+        found = sorted(os.path.join(folder, name).removeprefix(os.path.join(self.root, ""))
                        for folder, _, names in os.walk(self.root, followlinks=True)
                        for name in names if name.lower().endswith(EXTENSIONS))
         if not found:

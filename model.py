@@ -4,7 +4,6 @@ An encoder offers `stem` and `layers` (callables, applied in turn), `widths` (ch
 leaving the last) and `strides` (input pixels to a step of the feature map, at the same places). Whatever offers
 these can be pre-trained: `A2MIM(encoder)`.
 """
-import functools
 import inspect
 import math
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import StochasticDepth, stochastic_depth
+from torchvision.ops import StochasticDepth
 
 import masking
 
@@ -134,11 +133,13 @@ class ViT(Encoder):
             Block(dim, heads, mlp_dim, drop_path * i / max(depth - 1, 1), layer_scale, rel_pos_bias and self.grid)
             for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        for name, parameter in self.named_parameters():
-            if name in ("cls_token", "pos_embed") or name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")):
-                nn.init.trunc_normal_(parameter, std=init_std)
-            elif name.endswith(("proj.bias", "fc1.bias", "fc2.bias")):
-                nn.init.zeros_(parameter)
+        for parameter in filter(torch.is_tensor, (self.cls_token, self.pos_embed)):
+            nn.init.trunc_normal_(parameter, std=init_std)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=init_std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def stem(self, image):                                                  # (B, 3, H, W) -> (B, D, n, n)
         if image.shape[-2:] != (self.img_size, self.img_size):
@@ -232,15 +233,31 @@ def relative_position_index(n):
 
 # ------------------------------------------------------------------------------------------------ ResNet
 
+def residual(self, x):                                                      # (B, C, h, w)
+    """What torchvision's blocks compute, with drop path: relu(drop_path(branch(x)) + shortcut(x))."""
+    out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+    if isinstance(self, Bottleneck):
+        out = self.bn3(self.conv3(self.relu(out)))
+    return self.relu(self.drop_path(out) + (x if self.downsample is None else self.downsample(x)))
+
+
+class Basic(BasicBlock):
+    forward = residual
+
+
+class Bottle(Bottleneck):
+    forward = residual
+
+
 class ResNet(Encoder):
     """torchvision's ResNet v1.5 without its classifier, parameter names included (He et al., arXiv 1512.03385).
 
-    block: BasicBlock or Bottleneck. depths: blocks of each of the four stages. width: channels of the first.
+    block: Basic or Bottle. depths: blocks of each of the four stages. width: channels of the first.
     small_stem: 3×3, stride 1, no pooling, for small images. drop_path: rises linearly over the blocks to this.
     `layers[i]` is stage i + 1, torchvision's layer{i+1}.
     """
 
-    def __init__(self, img_size=224, *, block=Bottleneck, depths=(3, 4, 6, 3), width=64, small_stem=False, drop_path=0.0):
+    def __init__(self, img_size=224, *, block=Bottle, depths=(3, 4, 6, 3), width=64, small_stem=False, drop_path=0.0):
         super().__init__()
         stem = 1 if small_stem else 4
         self.strides = [stem, stem, 2 * stem, 4 * stem, 8 * stem]
@@ -259,11 +276,8 @@ class ResNet(Encoder):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         blocks = [b for layer in self.layers for b in layer]
         for i, b in enumerate(blocks):
-            last = b.bn3 if isinstance(b, Bottleneck) else b.bn2
-            nn.init.zeros_(last.weight)                                     # each block starts as its shortcut
-            if drop_path:                                                   # a hook, so that names stay torchvision's
-                p = drop_path * i / max(len(blocks) - 1, 1)
-                last.register_forward_hook(functools.partial(drop_branch, p=p))
+            nn.init.zeros_((b.bn3 if isinstance(b, Bottleneck) else b.bn2).weight)     # starts as its shortcut
+            b.drop_path = StochasticDepth(drop_path * i / max(len(blocks) - 1, 1), mode="row")
 
     def stem(self, image):
         return self.maxpool(self.relu(self.bn1(self.conv1(image))))
@@ -283,10 +297,6 @@ def stage(block, channels, planes, depth, stride):
     return nn.Sequential(block(channels, planes, stride, shortcut), *rest)
 
 
-def drop_branch(module, _, out, p):
-    return stochastic_depth(out, p, "row", module.training)
-
-
 # ------------------------------------------------------------------------------------------------ presets
 
 def vit(dim, depth, heads, mlp_dim, mask_layer=0, **more):
@@ -304,13 +314,13 @@ PRESETS = {                                                                 # ME
     "deit_t": vit(192, 12, 3, 768, mask_layer=8),
     "deit_s": vit(384, 12, 6, 1536, mask_layer=8),
     "vit_nano": vit(96, 4, 4, 384, patch_size=None, drop_path=0.0, layer_scale=None, init_std=0.1),  # patches: img_size / 8
-    "resnet18": resnet(BasicBlock, 2, 2, 2, 2),
-    "resnet34": resnet(BasicBlock, 3, 4, 6, 3),
-    "resnet50": resnet(Bottleneck, 3, 4, 6, 3),
-    "resnet101": resnet(Bottleneck, 3, 4, 23, 3),
-    "resnet152": resnet(Bottleneck, 3, 8, 36, 3),
-    "resnet200": resnet(Bottleneck, 3, 24, 36, 3),
-    "resnet_nano": resnet(BasicBlock, 1, 1, 1, 1, width=32, small_stem=True),
+    "resnet18": resnet(Basic, 2, 2, 2, 2),
+    "resnet34": resnet(Basic, 3, 4, 6, 3),
+    "resnet50": resnet(Bottle, 3, 4, 6, 3),
+    "resnet101": resnet(Bottle, 3, 4, 23, 3),
+    "resnet152": resnet(Bottle, 3, 8, 36, 3),
+    "resnet200": resnet(Bottle, 3, 24, 36, 3),
+    "resnet_nano": resnet(Basic, 1, 1, 1, 1, width=32, small_stem=True),
 }
 
 

@@ -365,7 +365,7 @@ def test_mask_token_formula():
         assert torch.allclose(out[:, 1:], expected.flatten(2).transpose(1, 2), atol=1e-7)
 
 
-@pytest.mark.parametrize("arch,layers,units", [("vit_nano", 7, lambda e: [e.embed, *e.blocks[:-1]]),
+@pytest.mark.parametrize("arch,layers,units", [("vit_nano", 5, lambda e: [e.embed, *e.blocks[:-1]]),
                                                ("resnet_nano", 4, lambda e: [e.layer1, e.layer2, e.layer3, e.layer4])])
 def test_mask_layer_counts_units(arch, layers, units):
     """The token enters just before the unit of its number, and only there."""
@@ -401,7 +401,7 @@ def test_vit_switches_and_shapes():
     names = set(plain.encoder.state_dict())
     assert not any("gamma" in n or "relative" in n for n in names) and "pos_embed" in names
     assert "pos_embed" not in models.build("vit_nano", 48, abs_pos=False).encoder.state_dict()
-    assert plain(image, mask).shape == image.shape and plain.encode(image, mask).shape == (2, 128, 3, 3)
+    assert plain(image, mask).shape == image.shape and plain.encode(image, mask).shape == (2, 96, 3, 3)
     model = models.build("vit_b", 32, dim=32, depth=3, heads=2, mlp_dim=64)
     assert model.encoder.blocks[0].gamma_1.unique().item() == pytest.approx(0.1)
     assert [b.drop_path.p for b in model.encoder.blocks] == pytest.approx([0, 0.05, 0.1])
@@ -449,8 +449,7 @@ def test_resnet_initialisation_and_drop_path():
     assert all((b.bn3.weight == 0).all() and (b.bn1.weight == 1).all() for b in blocks)
     assert model.encoder.layer1[0].conv1.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.1)   # fan_out
     assert torch.allclose(model.mask_token.gamma, torch.full((1024,), 1e-6))
-    hooks = [next(iter(b.bn3._forward_hooks.values())).keywords["p"] for b in blocks]
-    assert hooks == pytest.approx([0.5 * i / 15 for i in range(16)])
+    assert [b.drop_path.p for b in blocks] == pytest.approx([0.5 * i / 15 for i in range(16)])
     assert sum(isinstance(m, torch.nn.MaxPool2d) for m in models.build("resnet_nano", 32).modules()) == 0
     assert models.build("resnet_nano", 32).encoder.strides == [1, 1, 2, 4, 8]
 
@@ -459,9 +458,14 @@ def test_drop_path_drops_whole_branches():
     block = models.Block(8, 2, 16, 0.5, None, None).train()
     x = torch.randn(400, 3, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    kept = (block(x) == x).all((1, 2)).float().mean().item()
-    assert kept == pytest.approx(0.25, abs=0.08)                            # both branches of a sample dropped
+    dropped = (block(x) == x).all((1, 2)).float().mean().item()
+    assert dropped == pytest.approx(0.25, abs=0.08)                         # both branches of a sample
     assert not (block.eval()(x) == x).any()
+    block = models.build("resnet18", 32, drop_path=0.5).encoder.layer4[1]   # the last block's is the given one
+    torch.nn.init.ones_(block.bn2.weight)
+    x = torch.rand(400, 512, 1, 1)
+    assert (block(x) == x).all((1, 2, 3)).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert not (block.eval()(x) == x).all((1, 2, 3)).any()
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano"])
@@ -839,7 +843,7 @@ BAD = [  # options, what the one line must say
     ("--mask-ratio 0", "between 0 and 1"),
     ("--mask-ratio 1", "between 0 and 1"),
     ("--mask-ratio nan", "between 0 and 1"),
-    ("--mask-layer 7", "0..6"),
+    ("--mask-layer 5", "0..4"),
     ("--arch resnet_nano --mask-layer -1", "0..3"),
     ("--crop-scale 0.9 0.5", "crop_scale"),
     ("--drop-path 1", "drop_path"),

@@ -26,6 +26,7 @@ import data
 import losses
 import masking
 import model as models
+import weights
 
 # ------------------------------------------------------------------------------------------------ recipes
 # METHOD, pre-training recipes. lr is the one at the recipe's own batch_size; it scales linearly with the batch.
@@ -164,22 +165,19 @@ def resolve(args):
 
 
 def check(config):
-    size, block, (low, high) = config["img_size"], config["mask_size"], config["crop_scale"]
-    if block < 1 or size % block:
-        raise ValueError(f"img_size {size} is not a multiple of mask_size {block}")
-    if not 0 < config["mask_ratio"] < 1:
-        raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded, not {config['mask_ratio']}")
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"crop_scale must be two shares of the area, 0 < low <= high <= 1, not {low} {high}")
-    if config["schedule"] == "step" and config["lr_step_epoch"] is None:
-        raise ValueError("the step schedule needs --lr-step-epoch")
-    if config["schedule"] == "cosine" and config["min_lr"] is None:
-        raise ValueError("the cosine schedule needs --min-lr")
-    for name in ("lr", "min_lr", "weight_decay", "clip", "warmup_epochs", "token_lr_scale", "frequency_weight"):
-        if config[name] is not None and not 0 <= config[name] < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {config[name]}")
-    if config["drop_path"] is not None and not 0 <= config["drop_path"] < 1:
-        raise ValueError(f"drop_path must lie in 0..1, 1 excluded, not {config['drop_path']}")
+    """Raises ValueError, in one line, for what no run can have."""
+    c = argparse.Namespace(**config)
+    (low, high), signs = c.crop_scale, ("lr", "min_lr", "weight_decay", "clip", "warmup_epochs", "token_lr_scale", "frequency_weight")
+    for wrong, message in (
+            (c.mask_size < 1 or c.img_size % c.mask_size, f"img_size {c.img_size} is not a multiple of mask_size {c.mask_size}"),
+            (not 0 < c.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, both excluded, not {c.mask_ratio}"),
+            (not 0 < low <= high <= 1, f"crop_scale takes two shares of the area, 0 < low <= high <= 1, not {low} {high}"),
+            (not 0 <= (c.drop_path or 0) < 1, f"drop_path must lie between 0 and 1, 1 excluded, not {c.drop_path}"),
+            (c.schedule == "step" and c.lr_step_epoch is None, "the step schedule needs --lr-step-epoch"),
+            (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr"),
+            *((not 0 <= (config[k] or 0) < math.inf, f"{k} must not be negative, not {config[k]}") for k in signs)):
+        if wrong:
+            raise ValueError(message)
 
 
 def build(config):
@@ -209,8 +207,8 @@ def learning_rate(config, step, steps_per_epoch):
     return lowest + (1 - lowest) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def parameter_groups(model, config):
-    """AdamW's groups: no decay for whatever is not a weight matrix; the mask token and γ at their own lr."""
+def make_optimizer(model, config):
+    """AdamW: no decay for whatever is not a weight matrix; the mask token and γ at their own lr."""
     groups = {}
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed", "relative_position_bias_table"))
@@ -219,11 +217,7 @@ def parameter_groups(model, config):
             params=[], weight_decay=config["weight_decay"] if decays else 0.0,
             peak_lr=config["lr"] * (config["token_lr_scale"] if token else 1.0)))
         group["params"].append(parameter)
-    return list(groups.values())
-
-
-def make_optimizer(model, config):
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(list(groups.values()), lr=config["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def precision(amp, device):
@@ -274,14 +268,25 @@ def say(text, rank=0):
         tqdm.write(text)
 
 
-def in_turn(rank, world, work):
-    """The result of work(), done by the first process before the others: what it downloads is then there for all."""
-    if rank > 0:
+def report(path, bar, entry):
+    """A line for the log file, and one for people: in the progress bar, or where there is no terminal, of its own."""
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    text = "epoch {epoch} loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
+    bar.set_postfix_str(text.format(**entry))
+    if bar.disable:
+        say(f"step {entry['step']}/{bar.total}, " + text.format(**entry))
+
+
+def in_turn(work):
+    """The result of work(), done by the first process of a machine before the others, so that it alone downloads."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
         dist.barrier()
     try:
         return work()
     finally:
-        if rank == 0 and world > 1:
+        if first and dist.is_initialized():
             dist.barrier()
 
 
@@ -311,7 +316,6 @@ def open_run(out, config, overwrite):
     """The state to continue from, or None for a new run. Raises ValueError if another run lives in the folder."""
     path = os.path.join(out, "last.pt")
     if os.path.exists(path) and not overwrite:
-        import weights
         state = weights.read(path)
         if not isinstance(state, dict) or "config" not in state or "optimizer" not in state:
             raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
@@ -369,7 +373,7 @@ def train(args, config, rank, world, device):
         torch.manual_seed(data.key(args.seed))
         model, criterion = build(config)
         size, grid = config["img_size"], config["img_size"] // config["mask_size"]
-        source, held_out = in_turn(rank, world, lambda: [data.open_source(config["data"], s, size) for s in ("train", "val")])
+        source, held_out = in_turn(lambda: [data.open_source(config["data"], s, size) for s in ("train", "val")])
         steps_per_epoch = len(source) // config["batch_size"]
         total = config["epochs"] * steps_per_epoch
         stop = total if args.steps is None else min(args.steps, total)
@@ -419,7 +423,8 @@ def train(args, config, rank, world, device):
     if start >= stop:
         return
     bar = tqdm(total=total, initial=start, unit="step", disable=rank > 0 or not sys.stderr.isatty())
-    stream, first_loss, clock, since = iter(data.loader(views, batches, workers, device.type == "cuda")), None, time.time(), start
+    stream = iter(data.loader(views, batches, workers, device.type == "cuda"))
+    first_loss, since, clock, saved = None, start, time.time(), time.time()
 
     model.train()
     for step in range(start, stop):
@@ -446,30 +451,25 @@ def train(args, config, rank, world, device):
         optimizer.zero_grad(set_to_none=True)
         bar.update()
 
-        done, epoch = step + 1, step // steps_per_epoch + 1
+        done = step + 1
         if done % args.log_every == 0 or done in (start + 1, stop):
             means = mean_over_ranks(parts)
+            speed, clock, since = (done - since) * config["batch_size"] / (time.time() - clock), time.time(), done
+            first_loss = first_loss or means[0]
             if rank == 0:
-                seconds = time.time() - clock
-                entry = dict(step=done, epoch=epoch, loss=means[0], spatial=means[1], frequency=means[2], lr=config["lr"] * factor,
-                             images_per_second=(done - since) * config["batch_size"] / seconds)
-                with open(log, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                text = "loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
-                bar.set_postfix_str(text.format(**entry))
-                if bar.disable:
-                    say(f"epoch {epoch} step {done}/{total}: " + text.format(**entry))
-                first_loss = first_loss or means[0]
-                clock, since = time.time(), done
-        if rank == 0 and (done % steps_per_epoch == 0 or done == stop):
-            pause = time.time()
+                report(log, bar, dict(step=done, epoch=step // steps_per_epoch + 1, loss=means[0], spatial=means[1],
+                                      frequency=means[2], lr=config["lr"] * factor, images_per_second=speed))
+        if rank == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
             draw(picture, model, shown.to(device), shown_mask.to(device))
             save(checkpoint, dict(format="nanoA2MIM", config=config | dict(seed=args.seed), step=done, model=model.state_dict(),
                                   optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
-            clock += time.time() - pause
+            saved = time.time()
     bar.close()
-    say(f"loss {first_loss:.4f} -> {means[0]:.4f}. Look at {picture}; the weights are in {checkpoint}." if rank == 0 else "", rank)
-    return out
+    say(f"Loss {first_loss:.4f} -> {means[0]:.4f}. Pictures: {picture}; weights: {checkpoint}; curve: {log}.", rank)
+    if done == total:
+        say("Next: your own images, python train.py --data FOLDER; a CNN, --arch resnet_nano; the baseline, --method simmim.", rank)
+    else:
+        say("The same command without --steps goes on from here.", rank)
 
 
 def main(argv=None):
@@ -478,7 +478,7 @@ def main(argv=None):
     with one_line_errors(rank == 0):
         config = resolve(args)
     if args.print_config:
-        print(json.dumps(config, indent=2))
+        say(json.dumps(config, indent=2), rank)
         return
     try:
         with one_line_errors(kinds=data.BadImage):                          # found while training, by any process
