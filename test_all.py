@@ -819,6 +819,13 @@ def test_folder_of_images_trains_and_names_a_bad_one(tmp_path, capfd):
         assert error.value.code == 2 and f"{victim} is no readable image" in said and len(said.splitlines()) == 1
 
 
+def test_mixed_precision(tmp_path):
+    full, *others = (run(tmp_path / amp, "--steps", 3, "--amp", amp)[-1] for amp in ("off", "bf16", "fp16"))
+    for other in others:                                                    # fp16: through the gradient scaler
+        assert other["loss"] != full["loss"] and other["loss"] == pytest.approx(full["loss"], rel=0.02)
+    assert torch.load(tmp_path / "fp16" / "last.pt", weights_only=True)["scaler"]["scale"] > 0
+
+
 def test_precision_follows_the_device():
     for amp, dtype in (("auto", None), ("off", None), ("bf16", torch.bfloat16)):
         autocast, scaler = train.precision(amp, torch.device("cpu"))

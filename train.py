@@ -71,7 +71,7 @@ def optional(kind):
     return convert
 
 
-def one_of(*names):
+def one_of(names):
     def convert(text):
         if text not in names:
             raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
@@ -79,17 +79,18 @@ def one_of(*names):
     return convert
 
 
+TOKENS, FREQUENCY_LOSSES = ("add", "replace", "none"), ("focal", *losses.ELEMENTWISE)
 CONFIG = {  # key of the configuration: (type of --key, help); the recipe's value where the option is absent
-    "arch": (one_of(*RECIPES), f"architecture, and with it the recipe: {', '.join(RECIPES)}"),
-    "method": (one_of(*METHODS), "a2mim, or the baseline simmim"),
-    "data": (str, f"{', '.join(data.SOURCES)} (all but shapes are downloaded), or a folder: of images, of class "
-                  "folders, or of train/ and val/ with class folders"),
+    "arch": (one_of(RECIPES), f"architecture, and with it the recipe: {', '.join(RECIPES)}"),
+    "method": (one_of(METHODS), "a2mim, or the baseline simmim"),
+    "data": (str, f"{', '.join(data.SOURCES)} (all but shapes are downloaded), or a folder: of images, of class folders, or "
+                  "of train/ and val/ with class folders"),
     "img_size": (int, "side of the square training crops, pixels"),
     "epochs": (int, "passes over the training images"),
     "batch_size": (int, "images to an optimizer step, all processes and accumulation together"),
     "lr": (float, "peak learning rate; absent: the recipe's, scaled linearly with the batch size"),
     "min_lr": (optional(float), "where a cosine schedule ends"),
-    "schedule": (one_of("step", "cosine"), "step (×0.1 at --lr-step-epoch) or cosine, both after a linear warm-up"),
+    "schedule": (one_of(("step", "cosine")), "step (×0.1 at --lr-step-epoch) or cosine, both after a linear warm-up"),
     "lr_step_epoch": (optional(int), "of the step schedule"),
     "warmup_epochs": (float, "of linear warm-up; half of the run at most"),
     "weight_decay": (float, "of AdamW; biases, norms, positions, tokens and scales have none"),
@@ -99,45 +100,40 @@ CONFIG = {  # key of the configuration: (type of --key, help); the recipe's valu
     "mask_size": (int, "side of a mask block, pixels"),
     "mask_ratio": (float, "share of masked blocks"),
     "mask_layer": (int, "the mask token goes in just before this layer, from 0"),
-    "fill": (one_of(*masking.FILLS), f"what masked pixels show: {', '.join(masking.FILLS)}"),
-    "token": (one_of("add", "replace", "none"), "what the mask token does to masked features: add, replace, none"),
-    "spatial_loss": (one_of(*losses.ELEMENTWISE), f"over masked pixels: {', '.join(losses.ELEMENTWISE)}"),
-    "frequency_loss": (optional(one_of("focal", *losses.ELEMENTWISE)), f"focal, {', '.join(losses.ELEMENTWISE)} or none"),
+    "fill": (one_of(masking.FILLS), f"what masked pixels show: {', '.join(masking.FILLS)}"),
+    "token": (one_of(TOKENS), f"what the mask token does to masked features: {', '.join(TOKENS)}"),
+    "spatial_loss": (one_of(losses.ELEMENTWISE), f"over masked pixels: {', '.join(losses.ELEMENTWISE)}"),
+    "frequency_loss": (optional(one_of(FREQUENCY_LOSSES)), f"{', '.join(FREQUENCY_LOSSES)} or none"),
     "frequency_weight": (optional(float), "λ"),
-    "frequency_standin": (optional(one_of(*losses.STANDINS)), f"for visible pixels, before the DFT: {', '.join(losses.STANDINS)}"),
+    "frequency_standin": (optional(one_of(losses.STANDINS)), f"for visible pixels, before the DFT: {', '.join(losses.STANDINS)}"),
     "frequency_visible": (optional(float), "u, the share of the gradient at visible pixels"),
     "token_lr_scale": (float, "learning rate of the mask token (and γ), relative to all others"),
 }
 
 
 def parse(argv):
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
-    group = parser.add_argument_group("configuration", "what --print-config shows; the recipe's, unless given")
+    parser = argparse.ArgumentParser("train.py", "train.py [--arch ARCH] [--data DATA] [option ...]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # one line, without the usage
+    option = parser.add_argument_group("configuration", "what --print-config shows; the recipe's, unless given").add_argument
     for name, (kind, text) in CONFIG.items():
-        group.add_argument("--" + name.replace("_", "-"), type=kind, help=text, metavar=name.split("_")[-1].upper(),
-                           **dict(nargs=2) if name == "crop_scale" else {})
-    group.add_argument("--recipe", choices=("imagenet", "imagenet100"), default="imagenet",
-                       help="which of the published recipes of --arch (imagenet)")
-    group.add_argument("--print-config", action="store_true", default=False, help="print it as JSON and exit")
-    group = parser.add_argument_group("run", "what changes where and how fast, and (but for the first two) not the result")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order, crops, masks and drop path (0)")
-    group.add_argument("--micro-batch", type=int, help="images a process takes through the model at once. Part of the "
-                       "recipe where the frequency loss averages spectra over them (256; 128 for vit_b and vit_l)")
-    group.add_argument("--out", help="folder of the run (runs/ARCH-METHOD-DATA)")
-    group.add_argument("--overwrite", action="store_true", default=False, help="start anew where a run already lives")
-    group.add_argument("--steps", type=int, default=None, help="stop after this many optimizer steps (schedule unchanged)")
-    group.add_argument("--workers", type=int, help="loader processes per process (the cores there are, at most 8)")
-    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-                       help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU")
-    group.add_argument("--compile", action="store_true", default=False, help="torch.compile the model")
-    group.add_argument("--log-every", type=int, default=10, help="optimizer steps between two log entries (10)")
+        option("--" + name.replace("_", "-"), type=kind, nargs=2 if name == "crop_scale" else None, help=text,
+               default=argparse.SUPPRESS)
+    option("--recipe", choices=("imagenet", "imagenet100"), default="imagenet", help="which published recipe of --arch (imagenet)")
+    option("--print-config", action="store_true", help="print the configuration as JSON and exit")
+    option = parser.add_argument_group("run", "where and how fast; of these, only the first two change the result").add_argument
+    option("--seed", type=int, default=0, help="of weights, order, crops, masks and drop path (0)")
+    option("--micro-batch", type=int, help="images a process takes through the model at once. Part of the recipe where the "
+           "frequency loss averages spectra over them (256; 128 for vit_b and vit_l)")
+    option("--out", help="folder of the run (runs/ARCH-METHOD-DATA)")
+    option("--overwrite", action="store_true", help="start anew where a run already lives")
+    option("--steps", type=int, help="stop after this many optimizer steps; the schedule stays")
+    option("--workers", type=int, help="loader processes of each process (the cores there are, at most 8)")
+    option("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+           help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU")
+    option("--compile", action="store_true", help="torch.compile the model: a minute at the start, for a GPU")
+    option("--log-every", type=int, default=10, help="optimizer steps between two log entries (10)")
     return parser.parse_args(argv)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")                           # one line, without the usage
 
 
 def resolve(args):
@@ -149,14 +145,14 @@ def resolve(args):
         raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
     recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch]
     config = recipe | METHODS[method] | {name: given[name] for name in CONFIG if name in given}
-    for name, value, least in [(n, config[n], 1) for n in ("img_size", "epochs", "batch_size")] + [
-            (n, given.get(n), least) for n, least in (("steps", 1), ("log_every", 1), ("micro_batch", 1), ("workers", 0))]:
+    for name in ("img_size", "epochs", "batch_size", "steps", "log_every", "micro_batch", "workers"):
+        least, value = 0 if name == "workers" else 1, config.get(name, given.get(name))
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if "lr" not in given:
         config["lr"] = recipe["lr"][method] * config["batch_size"] / recipe["batch_size"]
     if config["mask_size"] is None:
-        config["mask_size"] = config["img_size"] // 4                       # the small presets: two patches, or 4 blocks a side
+        config["mask_size"] = config["img_size"] // 4                       # the small presets: 4 blocks a side
     if config["frequency_loss"] is None:
         config |= dict(frequency_weight=None, frequency_standin=None, frequency_visible=None)
     config["crop_scale"] = list(config["crop_scale"])                       # as JSON has it
@@ -234,7 +230,7 @@ def find_micro_batch(config, args, world):
     share, rest = divmod(config["batch_size"], world)
     if rest:
         raise ValueError(f"--batch-size {config['batch_size']} is not divisible by {world} processes")
-    if "micro_batch" not in args:
+    if args.micro_batch is None:
         return next(m for m in range(min(RECIPES[config["arch"]]["micro_batch"], share), 0, -1) if share % m == 0)
     if share % args.micro_batch:
         raise ValueError(f"--batch-size {config['batch_size']} on {world} process(es) is not divisible by --micro-batch "
@@ -280,7 +276,7 @@ def report(path, bar, entry):
 
 def in_turn(work):
     """The result of work(), done by the first process of a machine before the others, so that it alone downloads."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
     if not first:
         dist.barrier()
     try:
@@ -315,15 +311,15 @@ def save(path, state):
 def open_run(out, config, overwrite):
     """The state to continue from, or None for a new run. Raises ValueError if another run lives in the folder."""
     path = os.path.join(out, "last.pt")
-    if os.path.exists(path) and not overwrite:
-        state = weights.read(path)
-        if not isinstance(state, dict) or "config" not in state or "optimizer" not in state:
-            raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
-        differ = [f"{k} ({state['config'].get(k)} there, {v} here)" for k, v in config.items() if state["config"].get(k) != v]
-        if differ:
-            raise ValueError(f"{out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
-        return state
-    return None
+    if overwrite or not os.path.exists(path):
+        return None
+    state = weights.read(path)
+    if not isinstance(state, dict) or not {"config", "step", "model", "optimizer", "scaler"} <= set(state):
+        raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
+    there = state["config"]
+    if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in config.items() if there.get(k) != v]:
+        raise ValueError(f"{out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
+    return state
 
 
 def start_folder(out, step):
@@ -345,14 +341,12 @@ def start_folder(out, step):
 @torch.no_grad()
 def draw(path, model, image, mask):
     """Four rows, a column an image: original, masked, reconstruction, composite (reconstruction where masked)."""
-    training = model.training
-    model.eval()
     image = data.normalize(image)
-    prediction = model.forward(image, mask)
-    model.train(training)
-    M = masking.resize(mask, image.shape[-2:])
+    prediction = model.eval().forward(image, mask)                          # not compiled: another batch size
+    model.train()
     hidden = masking.fill(image, mask, "zero" if model.fill == "none" else model.fill)
-    rows = torch.cat([image, hidden, prediction, torch.where(M > 0, prediction, image)])
+    composite = torch.where(masking.resize(mask, image.shape[-2:]) > 0, prediction, image)
+    rows = torch.cat([image, hidden, prediction, composite])
     grid = torchvision.utils.make_grid(data.denormalize(rows).cpu(), nrow=len(image), padding=2)
     times = max(1, 128 // image.shape[-1])                                  # small images are shown larger
     torchvision.io.write_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2), path + ".tmp")
@@ -378,7 +372,7 @@ def train(args, config, rank, world, device):
         total = config["epochs"] * steps_per_epoch
         stop = total if args.steps is None else min(args.steps, total)
         name = os.path.basename(os.path.normpath(config["data"]))
-        out = getattr(args, "out", os.path.join("runs", f"{config['arch']}-{config['method']}-{name}"))
+        out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
         shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
         shown = torch.stack([data.center_crop(image, size) for image in shown])
         state = open_run(out, config | dict(seed=args.seed), args.overwrite)
@@ -389,7 +383,7 @@ def train(args, config, rank, world, device):
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
                                                  ratio=config["mask_ratio"]), args.seed)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = getattr(args, "workers", min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
     shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1))
 
     # ---- model, optimizer, precision
@@ -417,6 +411,8 @@ def train(args, config, rank, world, device):
         f"{len(source):,} images at {size} px" + ("" if "data" in args else " (no --data given: the built-in images)"), rank)
     say(f"batch {config['batch_size']} = {world} process(es) × {micro_batch} images × {accumulate} accumulated; "
         f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}", rank)
+    if config["frequency_loss"] == "focal" and micro_batch != (usual := RECIPES[config["arch"]]["micro_batch"]):
+        say(f"note: spectra are averaged over micro-batches of {micro_batch}; the recipe's {usual} weigh the frequency loss less", rank)
     if state:
         say(f"{out}: continuing after step {start}" if start < stop else
             f"{out}: already at step {start} of {total}; --overwrite starts anew, --out elsewhere", rank)
