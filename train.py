@@ -412,7 +412,7 @@ def train(args, config, rank, world, device):
     say(f"batch {config['batch_size']} = {world} process(es) × {micro_batch} images × {accumulate} accumulated; "
         f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}", rank)
     if config["frequency_loss"] == "focal" and micro_batch != (usual := RECIPES[config["arch"]]["micro_batch"]):
-        say(f"note: spectra are averaged over micro-batches of {micro_batch}; the recipe's {usual} weigh the frequency loss less", rank)
+        say(f"note: spectra are averaged over {micro_batch} images, the recipe's micro-batch is {usual}; fewer give a larger loss", rank)
     if state:
         say(f"{out}: continuing after step {start}" if start < stop else
             f"{out}: already at step {start} of {total}; --overwrite starts anew, --out elsewhere", rank)
