@@ -71,43 +71,34 @@ def optional(kind):
     return convert
 
 
-def one_of(names):
-    def convert(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-        return text
-    return convert
-
-
-TOKENS, FREQUENCY_LOSSES = ("add", "replace", "none"), ("focal", *losses.ELEMENTWISE)
-CONFIG = {  # key of the configuration: (type of --key, help); the recipe's value where the option is absent
-    "arch": (one_of(RECIPES), f"architecture, and with it the recipe: {', '.join(RECIPES)}"),
-    "method": (one_of(METHODS), "a2mim, or the baseline simmim"),
-    "data": (str, f"{', '.join(data.SOURCES)} (all but shapes are downloaded), or a folder: of images, of class folders, or "
-                  "of train/ and val/ with class folders"),
-    "img_size": (int, "side of the square training crops, pixels"),
-    "epochs": (int, "passes over the training images"),
-    "batch_size": (int, "images to an optimizer step, all processes and accumulation together"),
-    "lr": (float, "peak learning rate; absent: the recipe's, scaled linearly with the batch size"),
-    "min_lr": (optional(float), "where a cosine schedule ends"),
-    "schedule": (one_of(("step", "cosine")), "step (×0.1 at --lr-step-epoch) or cosine, both after a linear warm-up"),
-    "lr_step_epoch": (optional(int), "of the step schedule"),
-    "warmup_epochs": (float, "of linear warm-up; half of the run at most"),
-    "weight_decay": (float, "of AdamW; biases, norms, positions, tokens and scales have none"),
-    "clip": (optional(float), "largest norm of the gradient, or none"),
-    "drop_path": (optional(float), "stochastic depth: 0 at the first block, rising to this at the last"),
-    "crop_scale": (float, "smallest and largest share of an image's area in a crop"),
-    "mask_size": (int, "side of a mask block, pixels"),
-    "mask_ratio": (float, "share of masked blocks"),
-    "mask_layer": (int, "the mask token goes in just before this layer, from 0"),
-    "fill": (one_of(masking.FILLS), f"what masked pixels show: {', '.join(masking.FILLS)}"),
-    "token": (one_of(TOKENS), f"what the mask token does to masked features: {', '.join(TOKENS)}"),
-    "spatial_loss": (one_of(losses.ELEMENTWISE), f"over masked pixels: {', '.join(losses.ELEMENTWISE)}"),
-    "frequency_loss": (optional(one_of(FREQUENCY_LOSSES)), f"{', '.join(FREQUENCY_LOSSES)} or none"),
-    "frequency_weight": (optional(float), "λ"),
-    "frequency_standin": (optional(one_of(losses.STANDINS)), f"for visible pixels, before the DFT: {', '.join(losses.STANDINS)}"),
-    "frequency_visible": (optional(float), "u, the share of the gradient at visible pixels"),
-    "token_lr_scale": (float, "learning rate of the mask token (and γ), relative to all others"),
+CONFIG = {  # key of the configuration: (type of --key, help, choices); the recipe's value where the option is absent
+    "arch": (str, "architecture, and with it the recipe", RECIPES),
+    "method": (str, "published method, or baseline", METHODS),
+    "data": (str, "a folder of images, of class folders, or of train/ and val/ with class folders; or one of "
+                  f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
+    "img_size": (int, "side of the square training crops, pixels", None),
+    "epochs": (int, "passes over the training images", None),
+    "batch_size": (int, "images to an optimizer step, all processes and accumulation together", None),
+    "lr": (float, "peak learning rate; absent: the recipe's, scaled linearly with the batch size", None),
+    "min_lr": (optional(float), "where a cosine schedule ends", None),
+    "schedule": (str, "after a linear warm-up; step is ×0.1 at --lr-step-epoch", ("step", "cosine")),
+    "lr_step_epoch": (optional(int), "of the step schedule", None),
+    "warmup_epochs": (float, "of linear warm-up; half of the run at most", None),
+    "weight_decay": (float, "of AdamW; biases, norms, positions, tokens and scales have none", None),
+    "clip": (optional(float), "largest norm of the gradient, or none", None),
+    "drop_path": (optional(float), "stochastic depth: 0 at the first block, rising to this at the last", None),
+    "crop_scale": (float, "smallest and largest share of an image's area in a crop", None),
+    "mask_size": (int, "side of a mask block, pixels", None),
+    "mask_ratio": (float, "share of masked blocks", None),
+    "mask_layer": (int, "the mask token goes in just before this layer, from 0", None),
+    "fill": (str, "what masked pixels show", masking.FILLS),
+    "token": (str, "what the mask token does to masked features", ("add", "replace", "none")),
+    "spatial_loss": (str, "over masked pixels", losses.ELEMENTWISE),
+    "frequency_loss": (optional(str), "over frequencies, or none", ("focal", *losses.ELEMENTWISE, None)),
+    "frequency_weight": (optional(float), "λ", None),
+    "frequency_standin": (optional(str), "for visible pixels, before the DFT", (*losses.STANDINS, None)),
+    "frequency_visible": (optional(float), "u, the share of the gradient at visible pixels", None),
+    "token_lr_scale": (float, "learning rate of the mask token (and γ), relative to all others", None),
 }
 
 
@@ -116,9 +107,10 @@ def parse(argv):
                                      allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # one line, without the usage
     option = parser.add_argument_group("configuration", "what --print-config shows; the recipe's, unless given").add_argument
-    for name, (kind, text) in CONFIG.items():
-        option("--" + name.replace("_", "-"), type=kind, nargs=2 if name == "crop_scale" else None, help=text,
-               default=argparse.SUPPRESS)
+    for name, (kind, text, choices) in CONFIG.items():
+        listed = ": " + ", ".join(filter(None, choices)) if choices else ""
+        option("--" + name.replace("_", "-"), type=kind, nargs=2 if name == "crop_scale" else None, choices=choices,
+               metavar=name.upper(), help=text + listed, default=argparse.SUPPRESS)
     option("--recipe", choices=("imagenet", "imagenet100"), default="imagenet", help="which published recipe of --arch (imagenet)")
     option("--print-config", action="store_true", help="print the configuration as JSON and exit")
     option = parser.add_argument_group("run", "where and how fast; of these, only the first two change the result").add_argument
