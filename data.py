@@ -182,7 +182,7 @@ class Download:
         try:
             self.set = cls(root, download=True, **split)
         except Exception as error:                                          # network, disk and archive errors alike
-            raise ValueError(f"{cls.__name__} cannot be downloaded to {root}/: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{cls.__name__} cannot be downloaded to {root}/: {(str(error) or type(error).__name__).splitlines()[0]}") from None
         self.channels_last, self.classes = self.set.data.shape[-1] == 3, self.set.classes
         self.labels = np.array(getattr(self.set, "targets", getattr(self.set, "labels", None)))
 

@@ -1,4 +1,4 @@
-"""How a reconstruction is judged: over masked pixels, and over frequencies (METHOD: losses).
+"""How a reconstruction is judged: over masked pixels, and over frequencies (A²MIM, section 4.3).
 
 d = x̂ − x is the error of the reconstruction, M the mask, F the orthonormal 2-D DFT of each channel, sg(·) stops
 gradients. A new loss is one function and one row of a table.
@@ -19,10 +19,11 @@ def focal_l1(d, alpha=0.2, gamma=1.0):
 
 ELEMENTWISE = {"l1": l1, "focal_l1": focal_l1}
 
-# r − x, where r stands in for x̂ at visible pixels and carries no gradient: error d, target x -> r − x.
+# r − x, where r stands in for x̂ at visible pixels and carries no gradient: error d, target x -> r − x. "mixed" is the
+# official code's, "prediction" the paper's equation.
 STANDINS = {
-    "mixed": lambda d, x: d.detach() / 2,                                  # r = ½ sg(x̂) + ½ x, the official code
-    "prediction": lambda d, x: d.detach(),                                 # r = sg(x̂), the paper's equation
+    "mixed": lambda d, x: d.detach() / 2,                                  # r = ½ sg(x̂) + ½ x: r − x = ½ sg(d)
+    "prediction": lambda d, x: d.detach(),                                 # r = sg(x̂)
     "target": lambda d, x: torch.zeros_like(x),                            # r = x
     "mean": lambda d, x: x.mean((2, 3), keepdim=True) - x,                 # r = the image's mean
 }
@@ -54,7 +55,7 @@ def focal_frequency(d, average=True, log=True, alpha=1.0, maximum="batch"):
     if maximum not in ("batch", "image", None):
         raise ValueError(f"unknown maximum {maximum!r}: choose 'batch', 'image' or None")
     if average:
-        d = d.mean(0, keepdim=True)                     # the DFT is linear: the mean's spectrum is the mean spectrum
+        d = d.mean(0, keepdim=True)                     # the mean of spectra is the spectrum of the mean
     D, columns = spectrum(d)
     power = D.real.square() + D.imag.square()           # |D|²
     with torch.no_grad():                               # w is a weight, not a way to lower the loss
@@ -122,7 +123,8 @@ class A2MIMLoss:
         if self.frequency is None:
             return {"loss": spatial, "spatial": spatial, "frequency": torch.zeros_like(spatial)}
         M_f = M + (1 - M) * self.visible
-        error = M_f * d + (1 - M_f) * self.standin(d, x)                                # x̃ − x, x̃ = M_f·x̂ + (1−M_f)·r
+        # x̃ = M_f·x̂ + (1−M_f)·r, so x̃ − x = M_f·d + (1−M_f)·(r − x); and as F is linear, F(x̃) − F(x) = F(x̃ − x)
+        error = M_f * d + (1 - M_f) * self.standin(d, x)
         if self.frequency == "focal":
             frequency = focal_frequency(error, **self.focal)
         else:

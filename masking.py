@@ -1,4 +1,4 @@
-"""Which parts of an image are hidden, and what stands in their place (METHOD: mask, RGB-mean fill).
+"""Which parts of an image are hidden, and what stands in their place (A²MIM, section 4.1).
 
 A mask is a tensor (B, h, w) with 1 = masked, at the resolution of its blocks. Whoever needs it finer or coarser
 calls `resize`. A new fill is one function and one row of FILLS.

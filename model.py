@@ -1,4 +1,4 @@
-"""A²MIM: encoders, mask token, decoder, and the method that joins them (METHOD: one training step, encoders).
+"""A²MIM: encoders, mask token, decoder, and the method that joins them (A²MIM, section 4).
 
 An encoder offers `stem` and `layers` (callables, applied in turn), `widths` (channels entering each layer and
 leaving the last) and `strides` (input pixels to a step of the feature map, at the same places). Whatever offers
@@ -93,7 +93,10 @@ def decoder(channels, stride):
 
 
 class Encoder(nn.Module):
-    """What every encoder has in common: image (B, 3, H, W) -> feature (B, C, H/stride, W/stride), without a mask."""
+    """What every encoder has in common: image (B, 3, H, W) -> feature (B, C, H/stride, W/stride), without a mask.
+
+    `build` calls the class with img_size and then a preset's keywords (and drop_path, where the recipe has one).
+    """
 
     @property
     def stride(self):
@@ -307,7 +310,7 @@ def resnet(block, *depths, **more):
     return dict(encoder=ResNet, block=block, depths=depths, mask_layer=3, gamma=1e-6, **more)
 
 
-PRESETS = {                                                                 # METHOD: encoders
+PRESETS = {
     "vit_s": vit(768, 8, 8, 2304),                                          # the paper's: wide and shallow
     "vit_b": vit(768, 12, 12, 3072),
     "vit_l": vit(1024, 24, 16, 4096),

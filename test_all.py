@@ -243,7 +243,7 @@ def test_golden_losses_from_files():
 # ------------------------------------------------------------------------------------------------ losses.py
 
 def plain_frequency_loss(pred, target, average, log, alpha, maximum):
-    """METHOD's definition, word by word: two full transforms of every image."""
+    """The definition, word by word: two full transforms of every image."""
     P, T = (torch.fft.fft2(image, norm="ortho") for image in (pred, target))
     D = P.mean(0) - T.mean(0) if average else P - T
     w = D.abs().detach() ** alpha
@@ -296,7 +296,7 @@ def test_loss_types_and_masks():
     assert losses.frequency_loss(target, target) == 0                       # no 0/0 where there is no error
     with pytest.raises(ValueError, match="does not divide"):
         loss(pred, target, torch.ones(4, 5, 5))
-    for wrong in (dict(spatial="l2"), dict(frequency="fft"), dict(standin="noise")):
+    for wrong in (dict(spatial="nonsense"), dict(frequency="nonsense"), dict(standin="nonsense")):
         with pytest.raises(ValueError, match="choose from"):
             losses.A2MIMLoss(**wrong)
     with pytest.raises(ValueError, match="choose 'batch'"):
@@ -437,6 +437,10 @@ def test_resnet_is_torchvisions(arch):
     ours = models.build(arch, 64).encoder.eval()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in peer.state_dict().items()}
     ours.load_state_dict(peer.state_dict())
+    model = models.build(arch, 64)                                          # and through the reader, classifier and all
+    report = weights.load(model, torchvision.models.__dict__[arch]().state_dict() | peer.state_dict())
+    assert report["format"] == "torchvision ResNet" and report["unused"] == ["fc.weight", "fc.bias"]
+    assert all(torch.equal(v, model.encoder.state_dict()[k]) for k, v in peer.state_dict().items())
     image = torch.randn(2, 3, 64, 64, generator=g)
     with torch.no_grad():
         assert relative(ours(image).flatten(1), peer(image)) < 1e-5
@@ -504,7 +508,7 @@ RESNET = dict(epochs=300, img_size=224, lr=1.2e-3, min_lr=1e-5, schedule="cosine
               crop_scale=[0.8, 1.0], mask_layer=3, fill="mean", token="add", spatial_loss="focal_l1", frequency_loss="focal",
               frequency_weight=0.5, frequency_standin="mixed", frequency_visible=1e-3, token_lr_scale=0.1)
 OFF = dict(frequency_loss=None, frequency_weight=None, frequency_standin=None, frequency_visible=None)
-TABLE = {"vit_s": STEP, "vit_b": STEP, "vit_l": STEP, "deit_t": DEIT, "deit_s": DEIT,                # METHOD, section 4
+TABLE = {"vit_s": STEP, "vit_b": STEP, "vit_l": STEP, "deit_t": DEIT, "deit_s": DEIT,                # as published
          "resnet18": RESNET, "resnet34": RESNET, "resnet50": RESNET,
          "resnet101": RESNET | dict(frequency_loss="focal_l1", frequency_weight=0.1),
          "resnet152": RESNET | OFF, "resnet200": RESNET | OFF}
@@ -859,8 +863,11 @@ BAD = [  # options, what the one line must say
     ("--batch-size 0", "at least 1"),
     ("--batch-size 10 --micro-batch 4", "not divisible by --micro-batch 4"),
     ("--batch-size 5000", "make no batch of 5000"),
-    ("--lr -1", "must not be negative"),
-    ("--lr nan", "must not be negative"),
+    ("--lr -1", "0 or more"),
+    ("--lr nan", "a finite number"),
+    ("--lr-step-epoch -3", "0 or more"),
+    ("--frequency-visible nan", "between 0 and 1"),
+    ("--mask-size 0", "at least 1"),
     ("--schedule step", "needs --lr-step-epoch"),
     ("--arch vit_b --recipe imagenet100", "no ImageNet-100 recipe of vit_b"),
     ("--data {tmp}/missing", "no folder"),
@@ -871,6 +878,9 @@ BAD = [  # options, what the one line must say
     ("--out {tmp}/foreign", "no checkpoint of this program"),
     ("--out {tmp}/damaged", "is damaged"),
     ("--out {tmp}/file.txt", "file.txt"),
+    ("--out {tmp}/strange", "holds a log.jsonl but no last.pt"),
+    ("--out {tmp}/other", "mask_ratio (0.5 there, 0.6 here)"),
+    ("--out {tmp}/half", "does not fit this model"),
 ]
 
 
@@ -884,6 +894,12 @@ def bad_inputs(tmp_path):
         (tmp_path / "broken" / f"{i}.jpg").write_text("hello")
     for name in ("foreign", "damaged"):
         (tmp_path / name).mkdir()
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "log.jsonl").write_text("precious")
+    identity = config_of() | dict(seed=0, micro_batch=32)
+    for name, more in (("half", {}), ("other", dict(mask_ratio=0.5))):
+        (tmp_path / name).mkdir()
+        torch.save(dict(identity=identity | more, step=3, model={}, optimizer={}, scaler={}), tmp_path / name / "last.pt")
     torch.save({"state_dict": {}}, tmp_path / "foreign" / "last.pt")
     (tmp_path / "damaged" / "last.pt").write_text("hello")
     return tmp_path
@@ -931,6 +947,13 @@ def test_two_processes_are_one(tmp_path):
                                   ("alone", 1, ["--micro-batch", "8", "--workers", "2"])):
         other = torchrun(processes, tmp_path / name, *options, *more)
         assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, other, strict=True)) < 1e-5, name
+
+
+def test_processes_fail_together(tmp_path):
+    done = process(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--data", tmp_path / "nowhere"])
+    assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("train.py:")] == [
+        f"train.py: no folder {tmp_path / 'nowhere'}: --data takes {', '.join(data.SOURCES)} or a folder of images"]
+    assert "train.py\", line" not in done.stderr                             # torchrun's own report, but none of ours
 
 
 def test_published_command_with_a_small_batch(tmp_path):

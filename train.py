@@ -9,12 +9,15 @@ a folder: last.pt (checkpoint), log.jsonl, recon.png. The same command again con
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import math
 import os
+import re
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -28,8 +31,10 @@ import masking
 import model as models
 import weights
 
+RANK = int(os.environ.get("RANK", 0))                                       # of this process among all; torchrun sets it
+
 # ------------------------------------------------------------------------------------------------ recipes
-# METHOD, pre-training recipes. lr is the one at the recipe's own batch_size; it scales linearly with the batch.
+# The published ones: A²MIM, appendix A, and the official configurations. lr is the one at the recipe's own batch_size.
 
 VIT = dict(epochs=800, img_size=224, batch_size=2048, micro_batch=256, lr=dict(a2mim=4e-4, simmim=4e-4), min_lr=None,
            schedule="step", lr_step_epoch=700, warmup_epochs=10, weight_decay=0.05, clip=5.0, drop_path=0.1,
@@ -137,7 +142,7 @@ def resolve(args):
         raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
     recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch]
     config = recipe | METHODS[method] | {name: given[name] for name in CONFIG if name in given}
-    for name in ("img_size", "epochs", "batch_size", "steps", "log_every", "micro_batch", "workers"):
+    for name in ("img_size", "mask_size", "epochs", "batch_size", "steps", "log_every", "micro_batch", "workers"):
         least, value = 0 if name == "workers" else 1, config.get(name, given.get(name))
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -154,16 +159,17 @@ def resolve(args):
 
 def check(config):
     """Raises ValueError, in one line, for what no run can have."""
-    c = argparse.Namespace(**config)
-    (low, high), signs = c.crop_scale, ("lr", "min_lr", "weight_decay", "clip", "warmup_epochs", "token_lr_scale", "frequency_weight")
+    c, (low, high) = SimpleNamespace(**config), config["crop_scale"]
+    signs = ("lr", "min_lr", "lr_step_epoch", "weight_decay", "clip", "warmup_epochs", "token_lr_scale", "frequency_weight")
     for wrong, message in (
-            (c.mask_size < 1 or c.img_size % c.mask_size, f"img_size {c.img_size} is not a multiple of mask_size {c.mask_size}"),
+            (c.img_size % c.mask_size, f"img_size {c.img_size} is not a multiple of mask_size {c.mask_size}"),
             (not 0 < c.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, both excluded, not {c.mask_ratio}"),
             (not 0 < low <= high <= 1, f"crop_scale takes two shares of the area, 0 < low <= high <= 1, not {low} {high}"),
             (not 0 <= (c.drop_path or 0) < 1, f"drop_path must lie between 0 and 1, 1 excluded, not {c.drop_path}"),
+            (not 0 <= (c.frequency_visible or 0) <= 1, f"frequency_visible must lie between 0 and 1, not {c.frequency_visible}"),
             (c.schedule == "step" and c.lr_step_epoch is None, "the step schedule needs --lr-step-epoch"),
             (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr"),
-            *((not 0 <= (config[k] or 0) < math.inf, f"{k} must not be negative, not {config[k]}") for k in signs)):
+            *((not 0 <= (config[k] or 0) < math.inf, f"{k} must be a finite number, 0 or more, not {config[k]}") for k in signs)):
         if wrong:
             raise ValueError(message)
 
@@ -199,7 +205,7 @@ def make_optimizer(model, config):
     """AdamW: no decay for whatever is not a weight matrix; the mask token and γ at their own lr."""
     groups = {}
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed", "relative_position_bias_table"))
+        decays = parameter.squeeze().ndim > 1 and not name.endswith(("cls_token", "pos_embed", "relative_position_bias_table"))
         token = name.startswith("mask_token.")
         group = groups.setdefault((decays, token), dict(
             params=[], weight_decay=config["weight_decay"] if decays else 0.0,
@@ -211,7 +217,7 @@ def make_optimizer(model, config):
 def precision(amp, device):
     """(autocast context factory, gradient scaler) of --amp on a device."""
     if amp == "auto":
-        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
@@ -240,7 +246,7 @@ def start_processes():
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))       # a download may take long
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -251,8 +257,8 @@ def mean_over_ranks(values):
     return values.tolist()
 
 
-def say(text, rank=0):
-    if rank == 0:
+def say(text):
+    if RANK == 0:
         tqdm.write(text)
 
 
@@ -266,27 +272,32 @@ def report(path, bar, entry):
         say(f"step {entry['step']}/{bar.total}, " + text.format(**entry))
 
 
-def in_turn(work):
-    """The result of work(), done by the first process of a machine before the others, so that it alone downloads."""
-    first = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
-    if not first:
-        dist.barrier()
-    try:
-        return work()
-    finally:
-        if first and dist.is_initialized():
-            dist.barrier()
+def fail(problem):
+    """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2."""
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    print("train.py: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)       # a worker's ends a traceback
+    sys.exit(2)
 
 
-@contextlib.contextmanager
-def one_line_errors(show=True, kinds=(ValueError, OSError)):
-    """What is wrong with the user's input is said in one line, without a traceback, with exit code 2."""
+def gather(value):
+    """The value of every process, in a list."""
+    values = [value]
+    if dist.is_initialized():
+        values = values * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(work):
+    """The result of work(). If it fails on any process, the first one says why, and all leave."""
+    result, problem = None, None
     try:
-        yield
-    except kinds as error:
-        if show:                                                            # from a worker, the message ends a traceback
-            print("train.py: " + str(error).strip().splitlines()[-1].removeprefix("data.BadImage: "), file=sys.stderr)
-        sys.exit(2)
+        result = work()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if found := [p for p in gather(problem) if p is not None]:
+        fail(found[0]) if RANK == 0 else sys.exit(2)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints, pictures
@@ -300,33 +311,38 @@ def save(path, state):
     os.replace(path + ".tmp", path)
 
 
-def open_run(out, config, overwrite):
-    """The state to continue from, or None for a new run. Raises ValueError if another run lives in the folder."""
+def open_run(out, identity, overwrite):
+    """The state to continue from, or None for a new run. Raises ValueError if something else lives in the folder."""
     path = os.path.join(out, "last.pt")
-    if overwrite or not os.path.exists(path):
+    if overwrite:
+        return None
+    if not os.path.exists(path):
+        if other := [name for name in ("log.jsonl", "recon.png") if os.path.exists(os.path.join(out, name))]:
+            raise ValueError(f"{out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
         return None
     state = weights.read(path)
-    if not isinstance(state, dict) or not {"config", "step", "model", "optimizer", "scaler"} <= set(state):
+    if not isinstance(state, dict) or not {"identity", "step", "model", "optimizer", "scaler"} <= set(state):
         raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
-    there = state["config"]
-    if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in config.items() if there.get(k) != v]:
+    there = state["identity"]
+    if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in identity.items() if there.get(k) != v]:
         raise ValueError(f"{out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
     return state
 
 
-def start_folder(out, step):
-    """Make the run's folder, without what a run that starts after `step` will write there again."""
+def start_folder(out, state, resumed):
+    """A folder that this run can write to: with its first checkpoint, or without what was logged after the last one."""
     os.makedirs(out, exist_ok=True)
     log = os.path.join(out, "log.jsonl")
-    if step == 0:
-        for name in ("last.pt", "log.jsonl", "recon.png"):
+    if not resumed:
+        save(os.path.join(out, "last.pt"), state)
+        for name in ("log.jsonl", "recon.png"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out, name))
     elif os.path.exists(log):
-        with open(log) as file:                                             # what was logged after the checkpoint, or half
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(log) as file:
+            steps = [(line, re.match(r'\{"step": (\d+),.*\}\n$', line)) for line in file]
         with open(log + ".tmp", "w") as file:
-            file.writelines(kept)
+            file.writelines(line for line, found in steps if found and int(found[1]) <= state["step"])
         os.replace(log + ".tmp", log)
 
 
@@ -352,33 +368,69 @@ def view(image, generator, size, scale, grid, ratio):
     return data.random_resized_crop(image, size, scale, generator), masking.random_mask(1, grid, ratio, generator)[0]
 
 
-def train(args, config, rank, world, device):
-    with one_line_errors(rank == 0):                                        # ---- whatever can be wrong is found here
-        micro_batch = find_micro_batch(config, args, world)
-        accumulate = config["batch_size"] // (micro_batch * world)
-        torch.manual_seed(data.key(args.seed))
-        model, criterion = build(config)
-        size, grid = config["img_size"], config["img_size"] // config["mask_size"]
-        source, held_out = in_turn(lambda: [data.open_source(config["data"], s, size) for s in ("train", "val")])
-        steps_per_epoch = len(source) // config["batch_size"]
-        total = config["epochs"] * steps_per_epoch
-        stop = total if args.steps is None else min(args.steps, total)
-        name = os.path.basename(os.path.normpath(config["data"]))
-        out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
-        shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
-        shown = torch.stack([data.center_crop(image, size) for image in shown])
-        state = open_run(out, config | dict(seed=args.seed), args.overwrite)
-        start = state["step"] if state else 0
-        batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, rank, world)
-        if rank == 0 and start < stop:
-            start_folder(out, start)
+def prepare(args, config, rank, world):
+    """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
+    micro_batch = find_micro_batch(config, args, world)
+    torch.manual_seed(data.key(args.seed))
+    model, criterion = build(config)
+    size, grid = config["img_size"], config["img_size"] // config["mask_size"]
+    source, held_out = (data.open_source(config["data"], split, size) for split in ("train", "val"))
+    total = config["epochs"] * (len(source) // config["batch_size"])
+    stop = total if args.steps is None else min(args.steps, total)
+    name = os.path.basename(os.path.normpath(config["data"]))
+    out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
+    # what a run is: of these, none may change when it continues; the micro-batch is one where spectra are averaged over it
+    identity = config | dict(seed=args.seed, micro_batch=micro_batch if config["frequency_loss"] == "focal" else None)
+    state = open_run(out, identity, args.overwrite)
+    start = state["step"] if state else 0
+    batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, rank, world)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
                                                  ratio=config["mask_ratio"]), args.seed)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
+    shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
+    shown = torch.stack([data.center_crop(image, size) for image in shown])
     shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1))
+    return SimpleNamespace(model=model, criterion=criterion, micro_batch=micro_batch, images=len(source), batches=batches, views=views,
+                           start=start, stop=stop, total=total, out=out, identity=identity, state=state, shown=(shown, shown_mask))
 
-    # ---- model, optimizer, precision
+
+def restore(model, optimizer, scaler, state):
+    """Put a checkpoint's state in its places. Raises ValueError if it does not fit."""
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler.is_enabled() and state["scaler"]:                         # --amp may change from run to run
+            scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
+
+
+def train(args, config, rank, world, device):
+    if config["data"] in data.SOURCES:                                      # one process of each machine downloads
+        together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
+    run = together(lambda: prepare(args, config, rank, world))
+    model, criterion, start, stop, total, out = run.model, run.criterion, run.start, run.stop, run.total, run.out
+    accumulate, steps_per_epoch = config["batch_size"] // (run.micro_batch * world), run.batches.steps_per_epoch
+
+    if len(set(gather(start))) > 1:
+        fail(f"{out} is not one folder for all processes: --out must lie on a disk that all machines share")
+
+    # ---- what this run is
+    say(f"{config['method']}: {config['arch']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {device} × "
+        f"{world}, {config['data']}: {run.images:,} images at {config['img_size']} px"
+        + ("" if "data" in args else " (no --data given: the built-in images)"))
+    say(f"batch {config['batch_size']} = {world} process(es) × {run.micro_batch} images × {accumulate} accumulated; "
+        f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
+    if config["frequency_loss"] == "focal" and run.micro_batch != (usual := RECIPES[config["arch"]]["micro_batch"]):
+        say(f"note: spectra are averaged over {run.micro_batch} images, the recipe's micro-batch is {usual}; fewer give a larger loss")
+    if config["schedule"] == "step" and config["lr_step_epoch"] >= config["epochs"]:
+        say(f"note: the learning rate would step at epoch {config['lr_step_epoch']}, after the end: see --lr-step-epoch")
+    if run.state:
+        say(f"{out}: continuing after step {start}" if start < stop else f"{out}: already at step {start} of {total}; "
+            + ("--overwrite starts anew, --out elsewhere" if start >= total else "a larger --steps goes on"))
+    if start >= stop:
+        return
+
+    # ---- model, optimizer, precision, data
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                          # TF32 where mixed precision is off
         if world > 1:
@@ -386,32 +438,24 @@ def train(args, config, rank, world, device):
     model.to(device)
     optimizer = make_optimizer(model, config)
     autocast, scaler = precision(args.amp, device)
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+    if run.state:
+        together(lambda: restore(model, optimizer, scaler, run.state))
+
+    def snapshot(step):
+        return dict(format="nanoA2MIM", identity=run.identity, step=step, model=model.state_dict(),
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+
+    together(lambda: rank == 0 and start_folder(out, snapshot(start), start > 0))
     if args.compile:
         model.compile()
     replica = model if world == 1 else DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
         static_graph=accumulate == 1)
-
-    # ---- what this run is
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
     log, picture, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "recon.png", "last.pt"))
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f"{config['method']}: {config['arch']}, {millions:.1f} M parameters, on {device} × {world}, {config['data']}: "
-        f"{len(source):,} images at {size} px" + ("" if "data" in args else " (no --data given: the built-in images)"), rank)
-    say(f"batch {config['batch_size']} = {world} process(es) × {micro_batch} images × {accumulate} accumulated; "
-        f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}", rank)
-    if config["frequency_loss"] == "focal" and micro_batch != (usual := RECIPES[config["arch"]]["micro_batch"]):
-        say(f"note: spectra are averaged over {micro_batch} images, the recipe's micro-batch is {usual}; fewer give a larger loss", rank)
-    if state:
-        say(f"{out}: continuing after step {start}" if start < stop else
-            f"{out}: already at step {start} of {total}; --overwrite starts anew, --out elsewhere", rank)
-    if start >= stop:
-        return
     bar = tqdm(total=total, initial=start, unit="step", disable=rank > 0 or not sys.stderr.isatty())
-    stream = iter(data.loader(views, batches, workers, device.type == "cuda"))
+    stream = iter(data.loader(run.views, run.batches, workers, device.type == "cuda"))
     first_loss, since, clock, saved = None, start, time.time(), time.time()
 
     model.train()
@@ -448,29 +492,31 @@ def train(args, config, rank, world, device):
                 report(log, bar, dict(step=done, epoch=step // steps_per_epoch + 1, loss=means[0], spatial=means[1],
                                       frequency=means[2], lr=config["lr"] * factor, images_per_second=speed))
         if rank == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
-            draw(picture, model, shown.to(device), shown_mask.to(device))
-            save(checkpoint, dict(format="nanoA2MIM", config=config | dict(seed=args.seed), step=done, model=model.state_dict(),
-                                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict()))
+            draw(picture, model, *(tensor.to(device) for tensor in run.shown))
+            save(checkpoint, snapshot(done))
             saved = time.time()
     bar.close()
-    say(f"Loss {first_loss:.4f} -> {means[0]:.4f}. Pictures: {picture}; weights: {checkpoint}; curve: {log}.", rank)
+    say(f"Loss {first_loss:.4f} -> {means[0]:.4f}. Pictures: {picture}; weights: {checkpoint}; curve: {log}.")
     if done == total:
-        say("Next: your own images, python train.py --data FOLDER; a CNN, --arch resnet_nano; the baseline, --method simmim.", rank)
+        say("Next: your own images, python train.py --data FOLDER; a CNN, --arch resnet_nano; the baseline, --method simmim.")
     else:
-        say("The same command without --steps goes on from here.", rank)
+        say("The same command without --steps goes on from here.")
 
 
 def main(argv=None):
     args = parse(argv)
-    rank = int(os.environ.get("RANK", 0))
-    with one_line_errors(rank == 0):
-        config = resolve(args)
-    if args.print_config:
-        say(json.dumps(config, indent=2), rank)
-        return
     try:
-        with one_line_errors(kinds=data.BadImage):                          # found while training, by any process
-            train(args, config, *start_processes())
+        config = resolve(args)
+        if args.print_config:
+            say(json.dumps(config, indent=2))
+            return
+        processes = start_processes()
+    except ValueError as error:
+        fail(error)
+    try:
+        train(args, config, *processes)
+    except data.BadImage as error:                                          # found while training, by any process
+        fail(error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

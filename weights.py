@@ -1,4 +1,4 @@
-"""Other projects' checkpoints in (METHOD: encoders; the names below are the files').
+"""Other projects' checkpoints in.
 
 `load(model, source)` recognises what a file holds by its parameters' names. A new format is one row of FORMATS:
 a test on the names, and a translation of one name and tensor into ours.
@@ -35,9 +35,14 @@ def openmixup(name, value):
     return name, value
 
 
+def torchvision(name, value):
+    return "encoder." + name, value
+
+
 FORMATS = {  # format: (does a file with these names have it?, (name, tensor) -> (our name, tensor))
     "nanoA2MIM": (lambda names: any(n.startswith("encoder.") for n in names), ours),
     "OpenMixup": (lambda names: any(n.startswith("backbone.") for n in names), openmixup),
+    "torchvision ResNet": (lambda names: "layer1.0.conv1.weight" in names, torchvision),
 }
 
 
@@ -59,8 +64,8 @@ def read(path):
 def load(model, source):
     """Load an A2MIM model's encoder, and token and decoder as far as the source has them (and they fit).
 
-    source: a path, or the dictionary such a file holds: ours, or the official code's (OpenMixup). Integer buffers
-    are optional. Returns {"format", "loaded", "missing", "unused"}: lists of our names, but for `unused`, the file's.
+    source: a path, or the dictionary such a file holds: ours, the official code's (OpenMixup), or a torchvision
+    ResNet's. Integer buffers are optional. Returns {"format", "loaded", "missing", "unused"}: lists of our names, but for `unused`, the file's.
     Raises ValueError, and leaves the model as it was, if the format is unknown or the encoder is another one.
     """
     where = source if isinstance(source, (str, os.PathLike)) else "the dictionary"
