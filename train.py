@@ -68,48 +68,56 @@ METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
 }
 
 
-def optional(kind):
-    """The type of an option for which `none` means absent (null in the configuration)."""
+def number(kind, low, high=math.inf):
+    """The type of an option that takes a number in low..high."""
     def convert(text):
-        return None if text == "none" else kind(text)
+        if not low <= (value := kind(text)) <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not " + (f"{low} or more" if high == math.inf else f"in {low}..{high}"))
+        return value
     convert.__name__ = kind.__name__                                        # argparse names it in its messages
     return convert
 
 
+def optional(kind):
+    """The same, or `none`: absent, null in the configuration."""
+    return lambda text: None if text == "none" else kind(text)
+
+
+count, positive, share = number(int, 1), number(float, 0), number(float, 0, 1)
 CONFIG = {  # key of the configuration: (type of --key, help, choices); the recipe's value where the option is absent
     "arch": (str, "architecture, and with it the recipe", RECIPES),
     "method": (str, "published method, or baseline", METHODS),
     "data": (str, "a folder of images, of class folders, or of train/ and val/ with class folders; or one of "
                   f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
-    "img_size": (int, "side of the square training crops, pixels", None),
-    "epochs": (int, "passes over the training images", None),
-    "batch_size": (int, "images to an optimizer step, all processes and accumulation together", None),
-    "lr": (float, "peak learning rate; absent: the recipe's, scaled linearly with the batch size", None),
-    "min_lr": (optional(float), "where a cosine schedule ends", None),
+    "img_size": (count, "side of the square training crops, pixels", None),
+    "epochs": (count, "passes over the training images", None),
+    "batch_size": (count, "images to an optimizer step, all processes and accumulation together", None),
+    "lr": (positive, "peak learning rate; absent: the recipe's, scaled linearly with the batch size", None),
+    "min_lr": (optional(positive), "where a cosine schedule ends", None),
     "schedule": (str, "after a linear warm-up; step is ×0.1 at --lr-step-epoch", ("step", "cosine")),
-    "lr_step_epoch": (optional(int), "of the step schedule", None),
-    "warmup_epochs": (float, "of linear warm-up; half of the run at most", None),
-    "weight_decay": (float, "of AdamW; biases, norms, positions, tokens and scales have none", None),
-    "clip": (optional(float), "largest norm of the gradient, or none", None),
-    "drop_path": (optional(float), "stochastic depth: 0 at the first block, rising to this at the last", None),
-    "crop_scale": (float, "smallest and largest share of an image's area in a crop", None),
-    "mask_size": (int, "side of a mask block, pixels", None),
-    "mask_ratio": (float, "share of masked blocks", None),
+    "lr_step_epoch": (optional(number(int, 0)), "of the step schedule", None),
+    "warmup_epochs": (positive, "of linear warm-up; half of the run at most", None),
+    "weight_decay": (positive, "of AdamW; biases, norms, positions, tokens and scales have none", None),
+    "clip": (optional(positive), "largest norm of the gradient, or none", None),
+    "drop_path": (optional(share), "stochastic depth: 0 at the first block, rising to this at the last", None),
+    "crop_scale": (share, "smallest and largest share of an image's area in a crop", None),
+    "mask_size": (count, "side of a mask block, pixels", None),
+    "mask_ratio": (share, "share of masked blocks", None),
     "mask_layer": (int, "the mask token goes in just before this layer, from 0", None),
     "fill": (str, "what masked pixels show", masking.FILLS),
     "token": (str, "what the mask token does to masked features", ("add", "replace", "none")),
     "spatial_loss": (str, "over masked pixels", losses.ELEMENTWISE),
     "frequency_loss": (optional(str), "over frequencies, or none", ("focal", *losses.ELEMENTWISE, None)),
-    "frequency_weight": (optional(float), "λ", None),
+    "frequency_weight": (optional(positive), "λ", None),
     "frequency_standin": (optional(str), "for visible pixels, before the DFT", (*losses.STANDINS, None)),
-    "frequency_visible": (optional(float), "u, the share of the gradient at visible pixels", None),
-    "token_lr_scale": (float, "learning rate of the mask token (and γ), relative to all others", None),
+    "frequency_visible": (optional(share), "u, the share of the gradient at visible pixels", None),
+    "token_lr_scale": (positive, "learning rate of the mask token (and γ), relative to all others", None),
 }
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser("train.py", "train.py [--arch ARCH] [--data DATA] [option ...]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", "train.py [--arch ARCH] [--data DATA] [option ...]", __doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # one line, without the usage
     option = parser.add_argument_group("configuration", "what --print-config shows; the recipe's, unless given").add_argument
     for name, (kind, text, choices) in CONFIG.items():
@@ -120,16 +128,16 @@ def parse(argv):
     option("--print-config", action="store_true", help="print the configuration as JSON and exit")
     option = parser.add_argument_group("run", "where and how fast; of these, only the first two change the result").add_argument
     option("--seed", type=int, default=0, help="of weights, order, crops, masks and drop path (0)")
-    option("--micro-batch", type=int, help="images a process takes through the model at once. Part of the recipe where the "
+    option("--micro-batch", type=count, help="images a process takes through the model at once. Part of the recipe where the "
            "frequency loss averages spectra over them (256; 128 for vit_b and vit_l)")
     option("--out", help="folder of the run (runs/ARCH-METHOD-DATA)")
     option("--overwrite", action="store_true", help="start anew where a run already lives")
-    option("--steps", type=int, help="stop after this many optimizer steps; the schedule stays")
-    option("--workers", type=int, help="loader processes of each process (the cores there are, at most 8)")
+    option("--steps", type=count, help="stop after this many optimizer steps; the schedule stays")
+    option("--workers", type=number(int, 0), help="loader processes of each process (the cores there are, at most 8)")
     option("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
            help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU")
     option("--compile", action="store_true", help="torch.compile the model: a minute at the start, for a GPU")
-    option("--log-every", type=int, default=10, help="optimizer steps between two log entries (10)")
+    option("--log-every", type=count, default=10, help="optimizer steps between two log entries (10)")
     return parser.parse_args(argv)
 
 
@@ -142,36 +150,25 @@ def resolve(args):
         raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
     recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch]
     config = recipe | METHODS[method] | {name: given[name] for name in CONFIG if name in given}
-    for name in ("img_size", "mask_size", "epochs", "batch_size", "steps", "log_every", "micro_batch", "workers"):
-        least, value = 0 if name == "workers" else 1, config.get(name, given.get(name))
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if "lr" not in given:
         config["lr"] = recipe["lr"][method] * config["batch_size"] / recipe["batch_size"]
     if config["mask_size"] is None:
-        config["mask_size"] = config["img_size"] // 4                       # the small presets: 4 blocks a side
+        config["mask_size"] = max(1, config["img_size"] // 4)                       # the small presets: 4 blocks a side
     if config["frequency_loss"] is None:
         config |= dict(frequency_weight=None, frequency_standin=None, frequency_visible=None)
+    if config["drop_path"] is None and recipe["drop_path"] is not None:
+        config["drop_path"] = 0.0                                           # --drop-path none, where the recipe has one
     config["crop_scale"] = list(config["crop_scale"])                       # as JSON has it
-    check(config)
-    return {name: config[name] for name in CONFIG}
-
-
-def check(config):
-    """Raises ValueError, in one line, for what no run can have."""
-    c, (low, high) = SimpleNamespace(**config), config["crop_scale"]
-    signs = ("lr", "min_lr", "lr_step_epoch", "weight_decay", "clip", "warmup_epochs", "token_lr_scale", "frequency_weight")
     for wrong, message in (
-            (c.img_size % c.mask_size, f"img_size {c.img_size} is not a multiple of mask_size {c.mask_size}"),
-            (not 0 < c.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, both excluded, not {c.mask_ratio}"),
-            (not 0 < low <= high <= 1, f"crop_scale takes two shares of the area, 0 < low <= high <= 1, not {low} {high}"),
-            (not 0 <= (c.drop_path or 0) < 1, f"drop_path must lie between 0 and 1, 1 excluded, not {c.drop_path}"),
-            (not 0 <= (c.frequency_visible or 0) <= 1, f"frequency_visible must lie between 0 and 1, not {c.frequency_visible}"),
-            (c.schedule == "step" and c.lr_step_epoch is None, "the step schedule needs --lr-step-epoch"),
-            (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr"),
-            *((not 0 <= (config[k] or 0) < math.inf, f"{k} must be a finite number, 0 or more, not {config[k]}") for k in signs)):
+            (config["img_size"] % config["mask_size"], f"img_size {config['img_size']} is not a multiple of mask_size {config['mask_size']}"),
+            (not 0 < config["mask_ratio"] < 1, f"mask_ratio must lie between 0 and 1, both excluded, not {config['mask_ratio']}"),
+            (config["schedule"] == "step" and config["lr_step_epoch"] is None, "the step schedule needs --lr-step-epoch"),
+            (config["frequency_loss"] and None in [config[f"frequency_{k}"] for k in ("weight", "standin", "visible")],
+             "a frequency loss needs --frequency-weight, --frequency-standin and --frequency-visible"),
+            (config["schedule"] == "cosine" and config["min_lr"] is None, "the cosine schedule needs --min-lr")):
         if wrong:
             raise ValueError(message)
+    return {name: config[name] for name in CONFIG}
 
 
 def build(config):
