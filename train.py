@@ -153,19 +153,20 @@ def resolve(args):
     if "lr" not in given:
         config["lr"] = recipe["lr"][method] * config["batch_size"] / recipe["batch_size"]
     if config["mask_size"] is None:
-        config["mask_size"] = max(1, config["img_size"] // 4)                       # the small presets: 4 blocks a side
+        config["mask_size"] = max(1, config["img_size"] // 4)               # the small presets: 4 blocks a side
     if config["frequency_loss"] is None:
         config |= dict(frequency_weight=None, frequency_standin=None, frequency_visible=None)
     if config["drop_path"] is None and recipe["drop_path"] is not None:
         config["drop_path"] = 0.0                                           # --drop-path none, where the recipe has one
     config["crop_scale"] = list(config["crop_scale"])                       # as JSON has it
+    c = SimpleNamespace(**config)
     for wrong, message in (
-            (config["img_size"] % config["mask_size"], f"img_size {config['img_size']} is not a multiple of mask_size {config['mask_size']}"),
-            (not 0 < config["mask_ratio"] < 1, f"mask_ratio must lie between 0 and 1, both excluded, not {config['mask_ratio']}"),
-            (config["schedule"] == "step" and config["lr_step_epoch"] is None, "the step schedule needs --lr-step-epoch"),
-            (config["frequency_loss"] and None in [config[f"frequency_{k}"] for k in ("weight", "standin", "visible")],
-             "a frequency loss needs --frequency-weight, --frequency-standin and --frequency-visible"),
-            (config["schedule"] == "cosine" and config["min_lr"] is None, "the cosine schedule needs --min-lr")):
+            (c.img_size % c.mask_size, f"img_size {c.img_size} is not a multiple of mask_size {c.mask_size}"),
+            (not 0 < c.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, both excluded, not {c.mask_ratio}"),
+            (c.schedule == "step" and c.lr_step_epoch is None, "the step schedule needs --lr-step-epoch"),
+            (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr"),
+            (c.frequency_loss and None in (c.frequency_weight, c.frequency_standin, c.frequency_visible),
+             "a frequency loss needs --frequency-weight, --frequency-standin and --frequency-visible")):
         if wrong:
             raise ValueError(message)
     return {name: config[name] for name in CONFIG}
