@@ -123,6 +123,14 @@ def denormalize(image):
     return ((image.float() * std + mean) * 255).round().clamp(0, 255).byte()
 
 
+def write_picture(path, images, columns):
+    """Normalised images (B, 3, H, W) as a PNG, row by row; small ones are shown larger."""
+    grid = torchvision.utils.make_grid(denormalize(images).cpu(), nrow=columns, padding=2)
+    times = max(1, 128 // images.shape[-1])
+    torchvision.io.write_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2), path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
 # ------------------------------------------------------------------------------------------------ folders, downloads
 
 def read_image(path):

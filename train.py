@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -300,15 +299,6 @@ def together(work):
 
 # ------------------------------------------------------------------------------------------------ checkpoints, pictures
 
-def save(path, state):
-    """Write a checkpoint whole or not at all: the old one stands until the new one is on the disk."""
-    with open(path + ".tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
 def open_run(out, identity, overwrite):
     """The state to continue from, or None for a new run. Raises ValueError if something else lives in the folder."""
     path = os.path.join(out, "last.pt")
@@ -332,7 +322,7 @@ def start_folder(out, state, resumed):
     os.makedirs(out, exist_ok=True)
     log = os.path.join(out, "log.jsonl")
     if not resumed:
-        save(os.path.join(out, "last.pt"), state)
+        weights.write(os.path.join(out, "last.pt"), state)
         for name in ("log.jsonl", "recon.png"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out, name))
@@ -352,11 +342,7 @@ def draw(path, model, image, mask):
     model.train()
     hidden = masking.fill(image, mask, "zero" if model.fill == "none" else model.fill)
     composite = torch.where(masking.resize(mask, image.shape[-2:]) > 0, prediction, image)
-    rows = torch.cat([image, hidden, prediction, composite])
-    grid = torchvision.utils.make_grid(data.denormalize(rows).cpu(), nrow=len(image), padding=2)
-    times = max(1, 128 // image.shape[-1])                                  # small images are shown larger
-    torchvision.io.write_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2), path + ".tmp")
-    os.replace(path + ".tmp", path)
+    data.write_picture(path, torch.cat([image, hidden, prediction, composite]), columns=len(image))
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -491,7 +477,7 @@ def train(args, config, rank, world, device):
                                       frequency=means[2], lr=config["lr"] * factor, images_per_second=speed))
         if rank == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
             draw(picture, model, *(tensor.to(device) for tensor in run.shown))
-            save(checkpoint, snapshot(done))
+            weights.write(checkpoint, snapshot(done))
             saved = time.time()
     bar.close()
     say(f"Loss {first_loss:.4f} -> {means[0]:.4f}. Pictures: {picture}; weights: {checkpoint}; curve: {log}.")

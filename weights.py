@@ -1,4 +1,4 @@
-"""Other projects' checkpoints in.
+"""Checkpoints: reading and writing our own, other projects' in.
 
 `load(model, source)` recognises what a file holds by its parameters' names. A new format is one row of FORMATS:
 a test on the names, and a translation of one name and tensor into ours.
@@ -59,6 +59,15 @@ def read(path):
         unsafe = any("weights_only" in line or "Unsupported" in line for line in reason)
         raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
                          "alone and pass that" if unsafe else f"{path} is no PyTorch checkpoint, or is damaged") from None
+
+
+def write(path, state):
+    """A checkpoint, whole or not at all: what stood there stays until the new one is on the disk. Raises OSError."""
+    with open(path + ".tmp", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
 def load(model, source):
