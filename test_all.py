@@ -864,7 +864,7 @@ BAD = [  # options, what the one line must say
     ("--epochs 0", "--epochs: 0 is not 1 or more"),
     ("--steps 0", "--steps: 0 is not 1 or more"),
     ("--batch-size 0", "0 is not 1 or more"),
-    ("--batch-size 10 --micro-batch 4", "not divisible by --micro-batch 4"),
+    ("--batch-size 10 --micro-batch 4", "not divisible by 1 process(es) × --micro-batch 4"),
     ("--batch-size 5000", "make no batch of 5000"),
     ("--lr -1", "-1 is not 0 or more"),
     ("--lr nan", "nan is not 0 or more"),

@@ -220,17 +220,14 @@ def precision(amp, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def find_micro_batch(config, args, world):
-    """Images a process takes at once: as given, else the recipe's or the largest that divides less. Raises ValueError."""
+def find_micro_batch(config, asked, world):
+    """Images a process takes at once: as asked, else the recipe's, or the largest below that divides. Raises ValueError."""
     share, rest = divmod(config["batch_size"], world)
-    if rest:
-        raise ValueError(f"--batch-size {config['batch_size']} is not divisible by {world} processes")
-    if args.micro_batch is None:
-        return next(m for m in range(min(RECIPES[config["arch"]]["micro_batch"], share), 0, -1) if share % m == 0)
-    if share % args.micro_batch:
-        raise ValueError(f"--batch-size {config['batch_size']} on {world} process(es) is not divisible by --micro-batch "
-                         f"{args.micro_batch}")
-    return args.micro_batch
+    if rest or share % (asked or 1):
+        raise ValueError(f"--batch-size {config['batch_size']} is not divisible by {world} process(es)"
+                         + (f" × --micro-batch {asked}" if asked else ""))
+    usual = min(RECIPES[config["arch"]]["micro_batch"], share)
+    return asked or next(m for m in range(usual, 0, -1) if share % m == 0)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -354,7 +351,7 @@ def view(image, generator, size, scale, grid, ratio):
 
 def prepare(args, config, rank, world):
     """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
-    micro_batch = find_micro_batch(config, args, world)
+    micro_batch = find_micro_batch(config, args.micro_batch, world)
     torch.manual_seed(data.key(args.seed))
     model, criterion = build(config)
     size, grid = config["img_size"], config["img_size"] // config["mask_size"]
