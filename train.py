@@ -306,7 +306,8 @@ def open_run(out, identity, overwrite):
             raise ValueError(f"{out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
         return None
     state = weights.read(path)
-    if not isinstance(state, dict) or not {"identity", "step", "model", "optimizer", "scaler"} <= set(state):
+    known = isinstance(state, dict) and {"identity", "step", "model", "optimizer", "scaler"} <= set(state)
+    if not known or not isinstance(state["identity"], dict):
         raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
     there = state["identity"]
     if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in identity.items() if there.get(k) != v]:
