@@ -27,7 +27,7 @@ class BadImage(ValueError):
 # ------------------------------------------------------------------------------------------------ random streams
 
 def key(*numbers):
-    """A seed for each tuple of integers, as good as independent of all others: 64 bits of their hash."""
+    """A seed for each tuple of integers: their hash (of which PyTorch's CPU generator takes in the low 32 bits)."""
     text = "/".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 

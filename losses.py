@@ -1,4 +1,4 @@
-"""How a reconstruction is judged: over masked pixels, and over frequencies (A²MIM, section 4.3).
+"""How a reconstruction is judged: over masked pixels, and over frequencies (A²MIM's two losses).
 
 d = x̂ − x is the error of the reconstruction, M the mask, F the orthonormal 2-D DFT of each channel, sg(·) stops
 gradients. A new loss is one function and one row of a table.
@@ -30,7 +30,7 @@ STANDINS = {
 
 
 def spatial_loss(d, mask, rho=l1):
-    """Σ M·ρ(d) / (3 · (ΣM + 1e-5)). d: (B, 3, H, W); mask: (B, 1, H, W), 1 = masked. Source: SimMIM, equation 1."""
+    """Σ M·ρ(d) / (3 · (ΣM + 1e-5)). d: (B, 3, H, W); mask: (B, 1, H, W), 1 = masked. Source: SimMIM's loss."""
     return (mask * rho(d)).sum() / (d.shape[1] * (mask.sum() + 1e-5))
 
 
@@ -71,9 +71,9 @@ def focal_frequency(d, average=True, log=True, alpha=1.0, maximum="batch"):
 def frequency_loss(pred, target, average=True, log=True, alpha=1.0, maximum="batch"):
     """The amplitude-weighted Fourier loss of two batches of images, (B, C, H, W) each; a scalar.
 
-    The paper's form (A²MIM, equation 5, per image): average=False, log=False, maximum=None. Focal Frequency Loss
-    (arXiv 2012.12821, equation 8): the same with maximum="image". The official code's form is the default:
-    the spectra of the batch are averaged first, w = log(1 + |D|^α), divided by its maximum over the tensor.
+    The paper's form (L_freq of A²MIM, per image): average=False, log=False, maximum=None. Focal Frequency Loss
+    (arXiv 2012.12821): the same with maximum="image". The official code's form is the default: the spectra of
+    the batch are averaged first, w = log(1 + |D|^α), divided by its maximum over the tensor.
 
     F is linear, so D = F(pred) − F(target) = F(pred − target), one transform instead of two; of the batch's mean
     image alone where spectra are averaged; and half a spectrum, since images are real. Raises ValueError.
@@ -92,7 +92,7 @@ def at_least_float32(x):
 
 
 class A2MIMLoss:
-    """L = L_spatial + λ·L_freq (A²MIM, equation 6).
+    """L = L_spatial + λ·L_freq, A²MIM's training objective (arXiv 2205.13943).
 
     spatial: "l1" or "focal_l1". frequency: "focal", "l1", "focal_l1" or None (off). frequency_weight: λ.
     standin: what replaces visible pixels before the DFT, a row of STANDINS. visible: u, the gradient's share there.

@@ -1,4 +1,4 @@
-"""Which parts of an image are hidden, and what stands in their place (A²MIM, section 4.1).
+"""Which parts of an image are hidden, and what stands in their place (A²MIM, arXiv 2205.13943).
 
 A mask is a tensor (B, h, w) with 1 = masked, at the resolution of its blocks. Whoever needs it finer or coarser
 calls `resize`. A new fill is one function and one row of FILLS.
@@ -15,7 +15,7 @@ def random_mask(batch, grid, ratio, generator=None):
     batch: B. grid: blocks a side, n. ratio: share of masked blocks, in (0, 1); the papers' is 0.6.
     generator: one torch.Generator (or None, PyTorch's own) for the batch, or a list of B, one an image.
     Returns (B, grid, grid) float32, 1 = masked. Raises ValueError.
-    Source: SimMIM, arXiv 2111.09886, section 3.2 (random masking of large patches).
+    Source: SimMIM, arXiv 2111.09886 (random masking of large patches).
     """
     if not 0 < ratio < 1:
         raise ValueError(f"the mask ratio must lie between 0 and 1, both excluded, not {ratio}")
@@ -52,7 +52,7 @@ FILLS = {
 
 
 def fill(image, mask, how="mean"):
-    """x_in = x where M = 0, else the fill. A²MIM section 4.1: the mean over *all* pixels, per image and channel.
+    """x_in = x where M = 0, else the fill. A²MIM: the mean over *all* pixels, per image and channel.
 
     image: (B, C, H, W), normalised. mask: (B, h, w), 1 = masked. how: a row of FILLS.
     Returns (B, C, H, W) of the image's dtype. Raises ValueError.

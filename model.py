@@ -1,4 +1,4 @@
-"""A²MIM: encoders, mask token, decoder, and the method that joins them (A²MIM, section 4).
+"""A²MIM: encoders, mask token, decoder, and the method that joins them.
 
 An encoder offers `stem` and `layers` (callables, applied in turn), `widths` (channels entering each layer and
 leaving the last) and `strides` (input pixels to a step of the feature map, at the same places). Whatever offers
@@ -19,7 +19,7 @@ import masking
 # ------------------------------------------------------------------------------------------------ the method
 
 class A2MIM(nn.Module):
-    """Architecture-agnostic masked image modeling (Li et al., ICML 2023, arXiv 2205.13943, figure 4).
+    """Architecture-agnostic masked image modeling (Li et al., ICML 2023, arXiv 2205.13943).
 
     encoder: an Encoder. mask_layer: the token is added just before this layer, counted from 0. token: "add"
     (A²MIM), "replace" (SimMIM) or "none". gamma: None, or the start of a learned factor γ on what "add" finds at
@@ -56,7 +56,7 @@ class A2MIM(nn.Module):
 
 
 class MaskToken(nn.Module):
-    """z·(1 − M) + γ·z·M + t·M, one learned vector t for all masked positions (A²MIM, equation 3).
+    """z·(1 − M) + γ·z·M + t·M, one learned vector t for all masked positions (A²MIM).
 
     γ = 1 adds to what is there (A²MIM's ViT), γ = 0 replaces it (SimMIM), a learned γ per channel that starts near
     0 does what training finds best (A²MIM's ResNet).

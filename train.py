@@ -33,7 +33,7 @@ import weights
 RANK = int(os.environ.get("RANK", 0))                                       # of this process among all; torchrun sets it
 
 # ------------------------------------------------------------------------------------------------ recipes
-# The published ones: A²MIM, appendix A, and the official configurations. lr is the one at the recipe's own batch_size.
+# The published ones, of A²MIM and its official code. lr is the one at the recipe's own batch_size.
 
 VIT = dict(epochs=800, img_size=224, batch_size=2048, micro_batch=256, lr=dict(a2mim=4e-4, simmim=4e-4), min_lr=None,
            schedule="step", lr_step_epoch=700, warmup_epochs=10, weight_decay=0.05, clip=5.0, drop_path=0.1,
@@ -233,15 +233,15 @@ def find_micro_batch(config, asked, world):
 # ------------------------------------------------------------------------------------------------ processes
 
 def start_processes():
-    """(rank, world, device). Joins the process group where torchrun started us; else one process."""
+    """(world, device). Joins the process group where torchrun started us; else one process."""
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
+        return 1, torch.device("cuda" if cuda else "cpu")
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))       # a download may take long
-    return dist.get_rank(), dist.get_world_size(), device
+    return dist.get_world_size(), device
 
 
 def mean_over_ranks(values):
@@ -350,7 +350,7 @@ def view(image, generator, size, scale, grid, ratio):
     return data.random_resized_crop(image, size, scale, generator), masking.random_mask(1, grid, ratio, generator)[0]
 
 
-def prepare(args, config, rank, world):
+def prepare(args, config, world):
     """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
     micro_batch = find_micro_batch(config, args.micro_batch, world)
     torch.manual_seed(data.key(args.seed))
@@ -365,7 +365,7 @@ def prepare(args, config, rank, world):
     identity = config | dict(seed=args.seed, micro_batch=micro_batch if config["frequency_loss"] == "focal" else None)
     state = open_run(out, identity, args.overwrite)
     start = state["step"] if state else 0
-    batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, rank, world)
+    batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, RANK, world)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
                                                  ratio=config["mask_ratio"]), args.seed)
     shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
@@ -386,10 +386,10 @@ def restore(model, optimizer, scaler, state):
         raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
 
 
-def train(args, config, rank, world, device):
+def train(args, config, world, device):
     if config["data"] in data.SOURCES:                                      # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
-    run = together(lambda: prepare(args, config, rank, world))
+    run = together(lambda: prepare(args, config, world))
     model, criterion, start, stop, total, out = run.model, run.criterion, run.start, run.stop, run.total, run.out
     accumulate, steps_per_epoch = config["batch_size"] // (run.micro_batch * world), run.batches.steps_per_epoch
 
@@ -422,12 +422,13 @@ def train(args, config, rank, world, device):
     autocast, scaler = precision(args.amp, device)
     if run.state:
         together(lambda: restore(model, optimizer, scaler, run.state))
+        run.state = None                                                    # its memory is no longer needed
 
     def snapshot(step):
         return dict(format="nanoA2MIM", identity=run.identity, step=step, model=model.state_dict(),
                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    together(lambda: rank == 0 and start_folder(out, snapshot(start), start > 0))
+    together(lambda: RANK == 0 and start_folder(out, snapshot(start), start > 0))
     if args.compile:
         model.compile()
     replica = model if world == 1 else DistributedDataParallel(
@@ -436,13 +437,13 @@ def train(args, config, rank, world, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
     log, picture, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "recon.png", "last.pt"))
-    bar = tqdm(total=total, initial=start, unit="step", disable=rank > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
     stream = iter(data.loader(run.views, run.batches, workers, device.type == "cuda"))
     first_loss, since, clock, saved = None, start, time.time(), time.time()
 
     model.train()
     for step in range(start, stop):
-        torch.manual_seed(data.key(args.seed, step, rank))                  # drop path, the same when continued
+        torch.manual_seed(data.key(args.seed, step, RANK))                  # drop path, the same when continued
         factor = learning_rate(config, step, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -470,10 +471,10 @@ def train(args, config, rank, world, device):
             means = mean_over_ranks(parts)
             speed, clock, since = (done - since) * config["batch_size"] / (time.time() - clock), time.time(), done
             first_loss = first_loss or means[0]
-            if rank == 0:
+            if RANK == 0:
                 report(log, bar, dict(step=done, epoch=step // steps_per_epoch + 1, loss=means[0], spatial=means[1],
                                       frequency=means[2], lr=config["lr"] * factor, images_per_second=speed))
-        if rank == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
+        if RANK == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
             draw(picture, model, *(tensor.to(device) for tensor in run.shown))
             weights.write(checkpoint, snapshot(done))
             saved = time.time()
