@@ -1,7 +1,8 @@
 """Images, from wherever they are to batches of uint8 crops (everything after happens on the device).
 
-A *source* is a list of images: `source[i] -> (uint8 (3, H, W), label)`, `len(source)`, `source.classes`. A new kind
-of source is one function and one row of SOURCES. `Views` cuts the crops, `Batches` says which, in which order.
+A *source* is a list of images: `source[i] -> (uint8 (3, H, W), label)`, `len(source)`, `source.labels` (an array; −1 is
+none), `source.classes` (their names). A new kind of source is one function and one row of SOURCES. `Views` cuts the
+crops, `Batches` says which, in which order.
 All randomness of a sample is keyed by (seed, epoch, position in the epoch): the stream of samples is the same
 however many workers, processes or accumulation steps produce it.
 """
@@ -14,9 +15,11 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                    # ImageNet's, for images in 0..1
+FILL = [124, 116, 104]                                                      # the same mean, of bytes
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -41,16 +44,18 @@ class Batches:
 
     Each epoch is a permutation of `images` indices, cut into batches of `batch_size` (what is left over is dropped)
     and these into micro-batches, dealt to the `world` processes in turn. Steps run from `start` to `stop`, across
-    epochs, so that a run can continue anywhere without replaying what came before. Raises ValueError.
+    epochs, so that a run can continue anywhere without replaying what came before. With repeats = r, an epoch as long
+    takes an r-th of the images, each r times, spread over a batch (repeated augmentation, Hoffer et al., arXiv
+    1901.09335). Raises ValueError.
     """
 
-    def __init__(self, images, batch_size, micro_batch, start, stop, seed=0, rank=0, world=1):
+    def __init__(self, images, batch_size, micro_batch, start, stop, seed=0, rank=0, world=1, repeats=1):
         if images < batch_size:
             raise ValueError(f"{images} training images make no batch of {batch_size}: give more, or a smaller --batch-size")
         if batch_size % (micro_batch * world):
             raise ValueError(f"batch size {batch_size} is not a multiple of micro-batch {micro_batch} × {world} process(es)")
         self.images, self.batch_size, self.micro_batch, self.seed = images, batch_size, micro_batch, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.start, self.stop, self.rank, self.world, self.repeats = start, stop, rank, world, repeats
         self.steps_per_epoch = images // batch_size
 
     def __iter__(self):
@@ -59,20 +64,23 @@ class Batches:
             epoch, first = divmod(step, self.steps_per_epoch)
             if epoch != shuffled:
                 order, shuffled = torch.randperm(self.images, generator=generator(self.seed, epoch)), epoch
+            first *= self.batch_size
+            batch = order[torch.arange(first, first + self.batch_size) // self.repeats]
+            batch = torch.cat([batch[i::self.repeats] for i in range(self.repeats)]).tolist()   # neighbours differ
             for micro in range(self.rank, self.batch_size // self.micro_batch, self.world):
-                at = first * self.batch_size + micro * self.micro_batch
-                yield [(epoch, p, int(order[p])) for p in range(at, at + self.micro_batch)]
+                at = micro * self.micro_batch
+                yield [(epoch, first + p, batch[p]) for p in range(at, at + self.micro_batch)]
 
 
 class Views(torch.utils.data.Dataset):
-    """What training sees of a source: `view(image, generator)` of image `index`, for each (epoch, position, index)."""
+    """What training sees of a source: `view(source[index], generator)`, for each (epoch, position, index)."""
 
     def __init__(self, source, view, seed=0):
         self.source, self.view, self.seed = source, view, seed
 
     def __getitem__(self, sample):
         epoch, position, index = sample
-        return self.view(self.source[index][0], generator(self.seed, epoch, position))
+        return self.view(self.source[index], generator(self.seed, epoch, position))
 
 
 def loader(views, batches, workers=0, pin=False):
@@ -82,10 +90,13 @@ def loader(views, batches, workers=0, pin=False):
 
 # ------------------------------------------------------------------------------------------------ transforms
 
-def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3)):
+BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+
+
+def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3), interpolation=BILINEAR):
     """A crop with a share `scale` (low, high) of the area and an aspect in `ratio`, at `size` px, flipped half the time.
 
-    image: uint8 (3, H, W). Returns uint8 (3, size, size); bilinear, antialiased. The distribution is that of
+    image: uint8 (3, H, W). Returns uint8 (3, size, size); antialiased. The distribution is that of
     torchvision's RandomResizedCrop, which takes no generator: ten tries, then the largest centred crop that fits.
     """
     H, W = image.shape[-2:]
@@ -101,7 +112,7 @@ def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3)):
     else:
         h, w = min(H, round(W / ratio[0])), min(W, round(H * ratio[1]))
         top, left = (H - h) // 2, (W - w) // 2
-    crop = TF.resized_crop(image, top, left, h, w, [size, size], antialias=True)
+    crop = TF.resized_crop(image, top, left, h, w, [size, size], interpolation, antialias=True)
     return TF.horizontal_flip(crop) if flip else crop
 
 
@@ -109,6 +120,28 @@ def center_crop(image, size):
     """The largest centred square of a uint8 image (3, H, W), at `size` px."""
     side = min(image.shape[-2:])
     return TF.resize(TF.center_crop(image, [side, side]), [size, size], antialias=True)
+
+
+def evaluation_crop(image, resize, size):
+    """What models are tested on: the short side of a uint8 image (3, H, W) at `resize` px, the central `size` × `size`."""
+    return TF.center_crop(TF.resize(image, [resize], BICUBIC, antialias=True), [size, size])
+
+
+def augment(image, generator, randaugment=None, erasing=None):
+    """RandAugment and random erasing of a uint8 image (3, H, W), both as in timm, with torchvision's operations.
+
+    randaugment: magnitude m in 0..10; two operations (arXiv 1909.13719), each done half the time, at m + N(0, 0.5).
+    erasing: how often a box is filled with N(0, 1) in normalised space (arXiv 1708.04896).
+    """
+    with torch.random.fork_rng(devices=[]):                                 # these transforms take no generator
+        torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+        for _ in range(2 if randaugment is not None else 0):
+            magnitude = (randaugment + 0.5 * torch.randn(())).clamp(0, 10)
+            if torch.rand(()) < 0.5:                                        # 31 levels, of 0..10
+                image = v2.RandAugment(1, round(3 * float(magnitude)), 31, BILINEAR, FILL)(image)
+        if erasing and torch.rand(()) < erasing:
+            image = denormalize(v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")(normalize(image[None])[0])[None])[0]
+    return image
 
 
 def normalize(image):
@@ -150,8 +183,9 @@ def read_image(path):
 class Folder:
     """The images in a folder: of class folders, with or without train/ and val/ above them, or flat.
 
-    The class of an image is the first folder below the root (−1 where there is none). Where there is no val/ (or
-    valid/, test/), a hundredth of the images, at least 8 if there are 32, is held out, evenly spaced by name.
+    The class of an image is the first folder below the root (−1 where there is none); `empty` are folders there without
+    an image. Where there is no val/ (or valid/, test/), a hundredth of the images, at least 8 if there are 32, is held
+    out, evenly spaced by name.
     Raises ValueError if there is no such folder, or no image in it.
     """
 
@@ -167,10 +201,11 @@ class Folder:
                        for name in names if name.lower().endswith(EXTENSIONS))
         if not found:
             raise ValueError(f"no images ({' '.join(EXTENSIONS)}) in {self.root}")
+        self.classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})
+        self.empty = sorted({entry.name for entry in os.scandir(self.root) if entry.is_dir()} - set(self.classes))
         if own is None:
             held = set(range(0, len(found), len(found) // max(len(found) // 100, min(8, len(found) // 4), 1)))
             found = [path for i, path in enumerate(found) if (i in held) == (split == "val")]
-        self.classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number.get(path.split(os.sep)[0], -1) for path in found])
         # one array of bytes, not a list of strings: forked workers then share it instead of copying it
@@ -250,12 +285,14 @@ def pink_noise(count, size, rng):
 class Shapes:
     """A procedural world: one textured object of ten kinds on a 1/f background, made by seed and index at any size.
 
-    `source[i]` is (image uint8 (3, size, size), kind); `source.sample(i)` knows the pose and the object's mask too.
+    `source[i]` is (image uint8 (3, size, size), kind); `source.sample(i)` knows the pose and the object's mask too, and
+    target = "pose" or "mask" gives these in place of the kind.
     """
     classes = list(KINDS)
 
-    def __init__(self, size, split="train", count=None, seed=0):
+    def __init__(self, size, split="train", count=None, seed=0, target="label"):
         self.size, self.count, self.seed = size, count or (4096 if split == "train" else 512), (seed, split == "val")
+        self.labels, self.target = np.arange(self.count) % len(KINDS), target
         self.textures = pink_noise(16, 2 * size, np.random.default_rng((*self.seed, 1)))
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
 
@@ -264,7 +301,7 @@ class Shapes:
 
     def __getitem__(self, index):
         sample = self.sample(index)
-        return sample["image"], sample["label"]
+        return sample["image"], sample[self.target]
 
     def sample(self, index):
         """image: uint8 (3, S, S). label: int. pose: float32 (4,): centre x and y and radius as shares of the side,

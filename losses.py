@@ -1,8 +1,12 @@
-"""How a reconstruction is judged: over masked pixels, and over frequencies (A²MIM's two losses).
+"""How a reconstruction is judged: over masked pixels, and over frequencies (A²MIM's two losses). At the end, how
+predictions of downstream tasks are.
 
 d = x̂ − x is the error of the reconstruction, M the mask, F the orthonormal 2-D DFT of each channel, sg(·) stops
 gradients. A new loss is one function and one row of a table.
 """
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -130,3 +134,61 @@ class A2MIMLoss:
         else:
             frequency = frequency_elementwise(error, ELEMENTWISE[self.frequency])
         return {"loss": spatial + self.weight * frequency, "spatial": spatial, "frequency": frequency}
+
+
+# ------------------------------------------------------------------------------------------------ downstream tasks
+
+def class_loss(logits, target, kind="ce", smoothing=0.0):
+    """logits, soft targets: (B, K). kind: "ce", cross entropy; "bce", binary cross entropy, summed over classes and
+    averaged over images (not over both: it matters where gradients are clipped)."""
+    if kind == "ce":
+        return F.cross_entropy(logits, target, label_smoothing=smoothing)
+    target = target * (1 - smoothing) + smoothing / target.shape[1]
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
+
+
+def class_sums(logits, label):
+    """Of a batch: how often the label (B,) is the first, and one of the first five."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
+    return hits[:, 0].sum(), hits.sum()
+
+
+def encode_pose(pose):
+    """(B, 4): centre x and y and radius as shares of the side, angle -> (B, 5), each of variance 1 or so: x, y, radius,
+    cos and sin of the angle."""
+    x, y, radius, angle = pose.unbind(1)
+    return torch.stack([8 * (x - 0.5), 8 * (y - 0.5), 16 * (radius - 0.35), angle.cos(), angle.sin()], 1)
+
+
+def pose_sums(output, pose, size):
+    """Of a batch: errors of centre and radius in pixels, of the angle in degrees."""
+    error = output - encode_pose(pose)
+    turn = torch.atan2(output[:, 4], output[:, 3]) - pose[:, 3]
+    turn = torch.atan2(turn.sin(), turn.cos()).abs()                        # the shorter way round
+    return error[:, :2].norm(dim=1).sum() / 8 * size, error[:, 2].abs().sum() / 16 * size, turn.rad2deg().sum()
+
+
+def mask_sums(logits, mask):
+    """Of a batch: pixels that both, and either, call object; and background. (B, 1, H, W), (B, H, W) bool."""
+    found = logits[:, 0] > 0
+    return (found & mask).sum(), (found | mask).sum(), (~found & ~mask).sum(), (~found | ~mask).sum()
+
+
+class Task(NamedTuple):
+    """What a head is to predict, and how it is judged."""
+    pool: str               # of model.Predictor
+    outputs: int | None     # None: one for each class
+    loss: Callable          # (output, target, configuration) -> scalar
+    sums: Callable          # (output, target, image size) -> sums over a batch
+    metrics: Callable       # (these, summed over all batches; number of images) -> {name: value}
+    best: tuple             # the metric that counts, and its sign
+
+
+TASKS = {
+    "class": Task("mean", None, lambda o, t, c: class_loss(o, t, c["loss"], c["label_smoothing"] or 0.0),
+                  lambda o, t, size: class_sums(o, t), lambda s, n: dict(top1=100 * s[0] / n, top5=100 * s[1] / n), ("top1", 1)),
+    "pose": Task("flatten", 5, lambda o, t, c: F.mse_loss(o, encode_pose(t)), pose_sums,
+                 lambda s, n: dict(centre_px=s[0] / n, scale_px=s[1] / n, angle_deg=s[2] / n), ("angle_deg", -1)),
+    "mask": Task("none", 1, lambda o, t, c: F.binary_cross_entropy_with_logits(o[:, 0], t.float()),
+                 lambda o, t, size: mask_sums(o, t), lambda s, n: dict(miou=50 * (s[0] / s[1] + s[2] / s[3])), ("miou", 1)),
+}

@@ -92,6 +92,39 @@ def decoder(channels, stride):
     return nn.Sequential(conv, nn.PixelShuffle(stride))
 
 
+class Predictor(nn.Module):
+    """An encoder with a linear head, for fine-tuning and probes.
+
+    pool: "mean" over all positions, for classes: (B, 3, H, W) -> (B, outputs); "flatten", for what depends on places:
+    the same from all positions, each with weights of its own; "none", for dense tasks: -> (B, outputs, H, W).
+    A ViT's final norm gives way to `fc_norm`, a LayerNorm after the mean; the class token is not used (as in BEiT and
+    SimMIM). The head starts at N(0, 0.01).
+    """
+
+    def __init__(self, encoder, outputs, pool="mean"):
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        self.fc_norm = nn.Identity()
+        if isinstance(encoder, ViT):
+            encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.widths[-1], eps=1e-6)
+        positions = (encoder.img_size // encoder.stride) ** 2 if pool == "flatten" else 1
+        pixels = encoder.stride ** 2 if pool == "none" else 1
+        self.head = nn.Linear(encoder.widths[-1] * positions, outputs * pixels)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, image):
+        """(B, 3, H, W) -> (B, C) with pool "mean", else (B, H/stride, W/stride, C)."""
+        z = self.encoder(image).movedim(1, -1)
+        return self.fc_norm(z.mean((1, 2)) if self.pool == "mean" else z)
+
+    def forward(self, image):
+        z = self.features(image)
+        if self.pool == "none":
+            return F.pixel_shuffle(self.head(z).movedim(-1, 1), self.encoder.stride)
+        return self.head(z.flatten(1))
+
+
 class Encoder(nn.Module):
     """What every encoder has in common: image (B, 3, H, W) -> feature (B, C, H/stride, W/stride), without a mask.
 
@@ -263,6 +296,7 @@ class ResNet(Encoder):
     def __init__(self, img_size=224, *, block=Bottle, depths=(3, 4, 6, 3), width=64, small_stem=False, drop_path=0.0):
         super().__init__()
         stem = 1 if small_stem else 4
+        self.img_size = img_size
         self.strides = [stem, stem, 2 * stem, 4 * stem, 8 * stem]
         if img_size < 1 or img_size % self.stride:
             raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride {self.stride}")

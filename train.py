@@ -31,6 +31,7 @@ import model as models
 import weights
 
 RANK = int(os.environ.get("RANK", 0))                                       # of this process among all; torchrun sets it
+PROGRAM = "train.py"                                                        # who speaks in messages: this, or finetune.py
 
 # ------------------------------------------------------------------------------------------------ recipes
 # The published ones, of A²MIM and its official code. lr is the one at the recipe's own batch_size.
@@ -114,22 +115,24 @@ CONFIG = {  # key of the configuration: (type of --key, help, choices); the reci
 }
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser("train.py", "train.py [--arch ARCH] [--data DATA] [option ...]", __doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")  # one line, without the usage
-    option = parser.add_argument_group("configuration", "what --print-config shows; the recipe's, unless given").add_argument
-    for name, (kind, text, choices) in CONFIG.items():
+def make_parser(program, usage, text, table, recipe, micro_batch):
+    """The command line that pre-training and fine-tuning share: the keys of a configuration, and how to run."""
+    global PROGRAM
+    PROGRAM = program
+    parser = argparse.ArgumentParser(program, f"{program} {usage}", text, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{program}: {message}\n")      # one line, without the usage
+    option = parser.add_argument_group("configuration", f"what --print-config shows; the {recipe}'s, unless given").add_argument
+    for name, (kind, text, choices) in table.items():
         listed = ": " + ", ".join(filter(None, choices)) if choices else ""
-        option("--" + name.replace("_", "-"), type=kind, nargs=2 if name == "crop_scale" else None, choices=choices,
+        option("--" + name.replace("_", "-"), type=kind, nargs={"crop_scale": 2, "lr_step_epochs": "+"}.get(name), choices=choices,
                metavar=name.upper(), help=text + listed, default=argparse.SUPPRESS)
     option("--recipe", choices=("imagenet", "imagenet100"), default="imagenet", help="which published recipe of --arch (imagenet)")
     option("--print-config", action="store_true", help="print the configuration as JSON and exit")
-    option = parser.add_argument_group("run", "where and how fast; of these, only the first two change the result").add_argument
-    option("--seed", type=int, default=0, help="of weights, order, crops, masks and drop path (0)")
-    option("--micro-batch", type=count, help="images a process takes through the model at once. Part of the recipe where the "
-           "frequency loss averages spectra over them (256; 128 for vit_b and vit_l)")
-    option("--out", help="folder of the run (runs/ARCH-METHOD-DATA)")
+    option = parser.add_argument_group("run").add_argument
+    option("--seed", type=int, default=0, help="of weights, order, augmentation and drop path (0)")
+    option("--micro-batch", type=count, help="images a process takes through the model at once" + micro_batch)
+    option("--out", help="folder of the run (one below runs/, named after it)")
     option("--overwrite", action="store_true", help="start anew where a run already lives")
     option("--steps", type=count, help="stop after this many optimizer steps; the schedule stays")
     option("--workers", type=number(int, 0), help="loader processes of each process (the cores there are, at most 8)")
@@ -137,7 +140,13 @@ def parse(argv):
            help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU")
     option("--compile", action="store_true", help="torch.compile the model: a minute at the start, for a GPU")
     option("--log-every", type=count, default=10, help="optimizer steps between two log entries (10)")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv):
+    return make_parser("train.py", "[--arch ARCH] [--data DATA] [option ...]", __doc__, CONFIG, "recipe",
+                       ". Part of the recipe where the frequency loss averages spectra over them (256; 128 for vit_b and "
+                       "vit_l)").parse_args(argv)
 
 
 def resolve(args):
@@ -193,22 +202,36 @@ def learning_rate(config, step, steps_per_epoch):
     if step < warmup:
         return (step + 1) / warmup
     if config["schedule"] == "step":
-        return 0.1 if step >= config["lr_step_epoch"] * steps_per_epoch else 1.0
+        return 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.get("lr_step_epochs") or [config["lr_step_epoch"]])
     lowest = min(1.0, config["min_lr"] / config["lr"]) if config["lr"] else 1.0
     return lowest + (1 - lowest) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def decays(name, parameter):
+    """Weight decay is for weight matrices only."""
+    return parameter.squeeze().ndim > 1 and not name.endswith(("cls_token", "pos_embed", "relative_position_bias_table"))
 
 
 def make_optimizer(model, config):
     """AdamW: no decay for whatever is not a weight matrix; the mask token and γ at their own lr."""
     groups = {}
     for name, parameter in model.named_parameters():
-        decays = parameter.squeeze().ndim > 1 and not name.endswith(("cls_token", "pos_embed", "relative_position_bias_table"))
-        token = name.startswith("mask_token.")
-        group = groups.setdefault((decays, token), dict(
-            params=[], weight_decay=config["weight_decay"] if decays else 0.0,
+        decay, token = decays(name, parameter), name.startswith("mask_token.")
+        group = groups.setdefault((decay, token), dict(
+            params=[], weight_decay=config["weight_decay"] if decay else 0.0,
             peak_lr=config["lr"] * (config["token_lr_scale"] if token else 1.0)))
         group["params"].append(parameter)
     return torch.optim.AdamW(list(groups.values()), lr=config["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def update(model, optimizer, scaler, clip):
+    """The optimizer step, once all gradients are there."""
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def precision(amp, device):
@@ -220,14 +243,13 @@ def precision(amp, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def find_micro_batch(config, asked, world):
-    """Images a process takes at once: as asked, else the recipe's, or the largest below that divides. Raises ValueError."""
-    share, rest = divmod(config["batch_size"], world)
+def find_micro_batch(batch_size, asked, world, usual):
+    """Images a process takes at once: as asked, else the usual number, or the largest below that divides. Raises ValueError."""
+    share, rest = divmod(batch_size, world)
     if rest or share % (asked or 1):
-        raise ValueError(f"--batch-size {config['batch_size']} is not divisible by {world} process(es)"
+        raise ValueError(f"--batch-size {batch_size} is not divisible by {world} process(es)"
                          + (f" × --micro-batch {asked}" if asked else ""))
-    usual = min(RECIPES[config["arch"]]["micro_batch"], share)
-    return asked or next(m for m in range(usual, 0, -1) if share % m == 0)
+    return asked or next(m for m in range(min(usual, share), 0, -1) if share % m == 0)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -244,6 +266,29 @@ def start_processes():
     return dist.get_world_size(), device
 
 
+def place(model, device, world):
+    """The model on its device; several GPUs normalise over their batches together."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")                          # TF32 where mixed precision is off
+        if world > 1:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device)
+
+
+def replicate(model, device, world, accumulate):
+    """What to call in training: the model, on several processes wrapped so that they exchange gradients."""
+    if world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                   gradient_as_bucket_view=True, static_graph=accumulate == 1)
+
+
+def loader_workers(args):
+    """Loader processes of this process: as asked, else its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
+
+
 def mean_over_ranks(values):
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -256,11 +301,10 @@ def say(text):
         tqdm.write(text)
 
 
-def report(path, bar, entry):
+def report(path, bar, entry, text):
     """A line for the log file, and one for people: in the progress bar, or where there is no terminal, of its own."""
     with open(path, "a") as file:
         file.write(json.dumps(entry) + "\n")
-    text = "epoch {epoch} loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
     bar.set_postfix_str(text.format(**entry))
     if bar.disable:
         say(f"step {entry['step']}/{bar.total}, " + text.format(**entry))
@@ -269,7 +313,7 @@ def report(path, bar, entry):
 def fail(problem):
     """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    print("train.py: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)       # a worker's ends a traceback
+    print(f"{PROGRAM}: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)       # a worker's ends a traceback
     sys.exit(2)
 
 
@@ -296,13 +340,13 @@ def together(work):
 
 # ------------------------------------------------------------------------------------------------ checkpoints, pictures
 
-def open_run(out, identity, overwrite):
+def open_run(out, identity, overwrite, files):
     """The state to continue from, or None for a new run. Raises ValueError if something else lives in the folder."""
     path = os.path.join(out, "last.pt")
     if overwrite:
         return None
     if not os.path.exists(path):
-        if other := [name for name in ("log.jsonl", "recon.png") if os.path.exists(os.path.join(out, name))]:
+        if other := [name for name in files if os.path.exists(os.path.join(out, name))]:
             raise ValueError(f"{out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
         return None
     state = weights.read(path)
@@ -315,13 +359,14 @@ def open_run(out, identity, overwrite):
     return state
 
 
-def start_folder(out, state, resumed):
-    """A folder that this run can write to: with its first checkpoint, or without what was logged after the last one."""
+def start_folder(out, state, resumed, files):
+    """A folder that this run can write to: with its first checkpoint and without `files`, what an earlier run left; or,
+    if resumed, without what was logged after the last checkpoint."""
     os.makedirs(out, exist_ok=True)
     log = os.path.join(out, "log.jsonl")
     if not resumed:
         weights.write(os.path.join(out, "last.pt"), state)
-        for name in ("log.jsonl", "recon.png"):
+        for name in files:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out, name))
     elif os.path.exists(log):
@@ -345,14 +390,19 @@ def draw(path, model, image, mask):
 
 # ------------------------------------------------------------------------------------------------ training
 
-def view(image, generator, size, scale, grid, ratio):
-    """What a loader's worker makes of an image: a crop (3, size, size) uint8, and its mask (grid, grid)."""
+FILES = ("log.jsonl", "recon.png")                                          # of a run, beside last.pt
+LINE = "epoch {epoch} loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
+
+
+def view(sample, generator, size, scale, grid, ratio):
+    """What a loader's worker makes of an (image, label): a crop (3, size, size) uint8, and its mask (grid, grid)."""
+    image, _ = sample
     return data.random_resized_crop(image, size, scale, generator), masking.random_mask(1, grid, ratio, generator)[0]
 
 
 def prepare(args, config, world):
     """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
-    micro_batch = find_micro_batch(config, args.micro_batch, world)
+    micro_batch = find_micro_batch(config["batch_size"], args.micro_batch, world, RECIPES[config["arch"]]["micro_batch"])
     torch.manual_seed(data.key(args.seed))
     model, criterion = build(config)
     size, grid = config["img_size"], config["img_size"] // config["mask_size"]
@@ -363,7 +413,7 @@ def prepare(args, config, world):
     out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
     # what a run is: of these, none may change when it continues; the micro-batch is one where spectra are averaged over it
     identity = config | dict(seed=args.seed, micro_batch=micro_batch if config["frequency_loss"] == "focal" else None)
-    state = open_run(out, identity, args.overwrite)
+    state = open_run(out, identity, args.overwrite, FILES)
     start = state["step"] if state else 0
     batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, RANK, world)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
@@ -413,11 +463,7 @@ def train(args, config, world, device):
         return
 
     # ---- model, optimizer, precision, data
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")                          # TF32 where mixed precision is off
-        if world > 1:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device)
+    model = place(model, device, world)
     optimizer = make_optimizer(model, config)
     autocast, scaler = precision(args.amp, device)
     if run.state:
@@ -428,17 +474,13 @@ def train(args, config, world, device):
         return dict(format="nanoA2MIM", identity=run.identity, step=step, model=model.state_dict(),
                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    together(lambda: RANK == 0 and start_folder(out, snapshot(start), start > 0))
+    together(lambda: RANK == 0 and start_folder(out, snapshot(start), start > 0, FILES))
     if args.compile:
         model.compile()
-    replica = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-        static_graph=accumulate == 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
+    replica = replicate(model, device, world, accumulate)
     log, picture, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "recon.png", "last.pt"))
     bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-    stream = iter(data.loader(run.views, run.batches, workers, device.type == "cuda"))
+    stream = iter(data.loader(run.views, run.batches, loader_workers(args), device.type == "cuda"))
     first_loss, since, clock, saved = None, start, time.time(), time.time()
 
     model.train()
@@ -458,12 +500,7 @@ def train(args, config, world, device):
                 loss = criterion(reconstruction, image, mask)               # in float32
                 scaler.scale(loss["loss"] / accumulate).backward()
             parts += torch.stack([loss[k].detach() for k in ("loss", "spatial", "frequency")]) / accumulate
-        if config["clip"] is not None:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update(model, optimizer, scaler, config["clip"])
         bar.update()
 
         done = step + 1
@@ -473,7 +510,7 @@ def train(args, config, world, device):
             first_loss = first_loss or means[0]
             if RANK == 0:
                 report(log, bar, dict(step=done, epoch=step // steps_per_epoch + 1, loss=means[0], spatial=means[1],
-                                      frequency=means[2], lr=config["lr"] * factor, images_per_second=speed))
+                                      frequency=means[2], lr=config["lr"] * factor, images_per_second=speed), LINE)
         if RANK == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
             draw(picture, model, *(tensor.to(device) for tensor in run.shown))
             weights.write(checkpoint, snapshot(done))
@@ -486,23 +523,31 @@ def train(args, config, world, device):
         say("The same command without --steps goes on from here.")
 
 
-def main(argv=None):
-    args = parse(argv)
+def launch(work, args, config):
+    """Run work(args, config, world, device) on every process of the run."""
     try:
-        config = resolve(args)
-        if args.print_config:
-            say(json.dumps(config, indent=2))
-            return
         processes = start_processes()
     except ValueError as error:
         fail(error)
     try:
-        train(args, config, *processes)
+        work(args, config, *processes)
     except data.BadImage as error:                                          # found while training, by any process
         fail(error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        config = resolve(args)
+    except ValueError as error:
+        fail(error)
+    if args.print_config:
+        say(json.dumps(config, indent=2))
+    else:
+        launch(train, args, config)
 
 
 if __name__ == "__main__":

@@ -1,50 +1,73 @@
-"""Checkpoints: reading and writing our own, other projects' in.
+"""Checkpoints: reading and writing our own, other projects' in, ours out.
+
+  python weights.py show FILE                      what a file holds
+  python weights.py export CKPT --to timm OUT      the encoder (and classifier) in timm's names, or torchvision's
 
 `load(model, source)` recognises what a file holds by its parameters' names. A new format is one row of FORMATS:
-a test on the names, and a translation of one name and tensor into ours.
+a test on the names, and a table that turns each name into ours.
 """
+import argparse
+import collections
+import math
 import os
 import re
+import sys
 
 import torch
+import torch.nn.functional as F
 
+# ------------------------------------------------------------------------------------------------ formats
 
-def ours(name, value):
-    return name, value
+# (pattern, replacement), applied in order. What needs more than a new name is in `translate`.
+TIMM = [(r"^fc\.", "head."),                                                # ResNets
+        (r"^(?!head\.|head_dist\.|fc_norm\.|mask_token|decoder)", "encoder."),
+        (r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed."),
+        (r"\.ls(\d)\.gamma$", r".gamma_\1")]
+SIMMIM = [(r"^encoder\.mask_token$", "mask_token.token"),
+          (r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed.")]
+OPENMIXUP = [(r"^neck\.decoder_pred\.", "decoder."),
+             (r"^head\.(fc|layers\.head)\.", "head."),
+             (r"^backbone\.mask_(token|gamma)$", r"mask_token.\1"),
+             (r"^backbone\.fc_norm\.", "fc_norm."),
+             (r"^backbone\.", "encoder."),
+             (r"^encoder\.patch_embed\.projection\.", "encoder.patch_embed."),
+             (r"^encoder\.layers\.", "encoder.blocks."),
+             (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+             (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+             (r"^encoder\.ln1\.", "encoder.norm."),
+             (r"\.ln(\d)\.", r".norm\1.")]
 
-
-# The official code's names for what stands under other names here; the rest (attn.*, gamma_*, layer1.* …) is equal.
-OPENMIXUP = [(r"^neck\.decoder_pred\.0\.", "decoder.0."),
-             (r"^backbone\.mask_token$", "mask_token.token"),
-             (r"^backbone\.mask_gamma$", "mask_token.gamma"),
-             (r"^backbone\.patch_embed\.projection\.", "encoder.patch_embed."),
-             (r"^backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"encoder.blocks.\1.mlp.fc1."),
-             (r"^backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"encoder.blocks.\1.mlp.fc2."),
-             (r"^backbone\.layers\.(\d+)\.ln(\d)\.", r"encoder.blocks.\1.norm\2."),
-             (r"^backbone\.layers\.(\d+)\.", r"encoder.blocks.\1."),
-             (r"^backbone\.ln1\.", "encoder.norm."),
-             (r"^backbone\.", "encoder.")]
-
-
-def openmixup(name, value):
-    """backbone.layers.0.ln1.weight -> encoder.blocks.0.norm1.weight; tokens (1, 1, C) or (1, C, 1, 1) -> (C,)."""
-    for pattern, replacement in OPENMIXUP:
-        new, found = re.subn(pattern, replacement, name)
-        if found:
-            return new, value.flatten() if new.startswith("mask_token.") else value
-    return name, value
-
-
-def torchvision(name, value):
-    return "encoder." + name, value
-
-
-FORMATS = {  # format: (does a file with these names have it?, (name, tensor) -> (our name, tensor))
-    "nanoA2MIM": (lambda names: any(n.startswith("encoder.") for n in names), ours),
-    "OpenMixup": (lambda names: any(n.startswith("backbone.") for n in names), openmixup),
-    "torchvision ResNet": (lambda names: "layer1.0.conv1.weight" in names, torchvision),
+FORMATS = {  # format: (does a file with these names have it?, table of names)
+    "OpenMixup": (lambda names: any(n.startswith("backbone.") for n in names), OPENMIXUP),
+    "SimMIM": (lambda names: "encoder.patch_embed.proj.weight" in names, SIMMIM),
+    "nanoA2MIM": (lambda names: any(n.startswith("encoder.") for n in names), []),
+    "ViT of timm, BEiT or MAE": (lambda names: {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= set(names), TIMM),
+    "ResNet of torchvision or timm": (lambda names: {"conv1.weight", "layer1.0.conv1.weight"} <= set(names), TIMM),
 }
 
+# What an encoder may lack, and the value that makes ours compute the same: no bias, no scale, no positions.
+NEUTRAL = {"q_bias": 0.0, "v_bias": 0.0, "relative_position_bias_table": 0.0, "pos_embed": 0.0, "gamma_1": 1.0, "gamma_2": 1.0}
+
+
+def translate(state, table):
+    """Yields (name in the file, our name, tensor); a tensor of the file may become several."""
+    blocks = {m[0] for name in state if (m := re.search(r"\bblocks\.\d+\.", name))}
+    for name, value in state.items():
+        new = name
+        for pattern, replacement in table:
+            new = re.sub(pattern, replacement, new)
+        if new.endswith("attn.qkv.bias"):                                   # the softmax cancels the bias of the keys
+            q, _, v = value.chunk(3)
+            yield name, new.replace("qkv.bias", "q_bias"), q
+            yield name, new.replace("qkv.bias", "v_bias"), v
+        elif new == "encoder.rel_pos_bias.relative_position_bias_table":    # one table for all blocks
+            for block in blocks:
+                yield name, f"encoder.{block}attn.relative_position_bias_table", value
+        elif not new.endswith(("relative_position_index", "attn.k_bias")):  # computed; always zero
+            yield name, new, value.flatten() if new.startswith("mask_token.") else value    # ours are vectors
+
+
+# ------------------------------------------------------------------------------------------------ files
 
 def read(path):
     """What a checkpoint file holds, loaded without running any code in it. Raises ValueError, in one line."""
@@ -70,36 +93,201 @@ def write(path, state):
     os.replace(path + ".tmp", path)
 
 
-def load(model, source):
-    """Load an A2MIM model's encoder, and token and decoder as far as the source has them (and they fit).
-
-    source: a path, or the dictionary such a file holds: ours, the official code's (OpenMixup), or a torchvision
-    ResNet's. Integer buffers are optional. Returns {"format", "loaded", "missing", "unused"}: lists of our names, but for `unused`, the file's.
-    Raises ValueError, and leaves the model as it was, if the format is unknown or the encoder is another one.
-    """
-    where = source if isinstance(source, (str, os.PathLike)) else "the dictionary"
-    state = read(source) if where is source else source
-    for key in ("model", "state_dict"):
+def unpack(source, where="the dictionary"):
+    """(format, [(name in the file, our name, tensor)]) of a path or of a dictionary. Raises ValueError, in one line."""
+    state = source
+    if isinstance(source, (str, os.PathLike)):
+        state, where = read(source), source
+    for key in ("ema", "model", "state_dict"):                              # of a run with an average: the average
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{where} holds no state_dict: expected tensors by name, or such under 'model' or 'state_dict'")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
     kind = next((k for k, (test, _) in FORMATS.items() if test(state)), None)
     if kind is None:
         raise ValueError(f"{where} is in no known format ({', '.join(FORMATS)}): it begins with {next(iter(state))!r}")
-    own, found, unused = model.state_dict(), {}, []
-    for name, value in state.items():
-        new, value = FORMATS[kind][1](name, value)
-        encoder = new.startswith("encoder.")
-        if new in own and own[new].shape == value.shape:
+    return kind, list(translate(state, FORMATS[kind][1]))
+
+
+# ------------------------------------------------------------------------------------------------ in
+
+def resize_positions(name, value, like):
+    """A table of positions for another number of patches a side, or None if that is not all that differs.
+
+    Absolute positions (1, 1 + n·n, D) and relative-bias tables ((2n − 1)² + 3, heads) are maps, interpolated
+    bicubically (antialiased, corners not aligned: a place keeps its share of the image); what belongs to the class
+    token, at one end or the other, is kept.
+    """
+    if name.endswith("pos_embed") and value.ndim == like.ndim == 3:
+        tokens, rest, wanted = value[0, 1:], value[0, :1], like.shape[1] - 1
+    elif name.endswith("relative_position_bias_table") and value.ndim == like.ndim == 2:
+        tokens, rest, wanted = value[:-3], value[-3:], like.shape[0] - 3
+    else:
+        return None
+    old, new = math.isqrt(len(tokens)), math.isqrt(wanted)
+    if value.shape[-1] != like.shape[-1] or old * old != len(tokens) or new * new != wanted:
+        return None
+    grid = tokens.T.reshape(1, -1, old, old).float()
+    tokens = F.interpolate(grid, (new, new), mode="bicubic", antialias=True).flatten(2)[0].T.to(value.dtype)
+    return torch.cat([rest, tokens])[None] if name.endswith("pos_embed") else torch.cat([tokens, rest])
+
+
+def load(model, source, where="the dictionary"):
+    """Load the encoder of an A2MIM or a Predictor, and of the rest what the source has and what fits.
+
+    source: a path, or the dictionary such a file holds (`where` it is from), in a format of FORMATS. Positions are resized to the model's
+    image size. What the file's encoder lacks by design (see NEUTRAL) gets the value that changes nothing. Returns
+    {"format", "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for `unused`, the file's.
+    Raises ValueError, and leaves the model as it was, if the format is unknown or the encoder is another one.
+    """
+    where = source if isinstance(source, (str, os.PathLike)) else where
+    kind, items = unpack(source, where)
+    own, names = model.state_dict(), {new for _, new, _ in items}
+    other_head = "fc_norm.weight" in own and "fc_norm.weight" not in names  # learned on the class token, say
+    found, resized, unused = {}, [], []
+    for name, new, value in items:
+        if new.startswith("head.") and other_head:
+            unused.append(name)
+        elif new in own and own[new].shape == value.shape:
             found[new] = value
-        elif new in own and encoder:
+        elif new in own and (table := resize_positions(new, value, own[new])) is not None:
+            found[new] = table
+            resized.append(new)
+        elif new in own and new.startswith("encoder."):
             raise ValueError(f"{where}: {name} is {tuple(value.shape)}, but the model's is {tuple(own[new].shape)}: "
-                             "build the model with the architecture and image size of the file")
+                             "build the model with the architecture and patch size of the file")
+        elif new.startswith("encoder.") and not new.startswith("encoder.norm."):
+            raise ValueError(f"{where}: its encoder has {name}, this model's has not: build the model with the "
+                             "architecture of the file")
         else:
             unused.append(name)
     missing = [name for name in own if name not in found and own[name].is_floating_point()]
-    if lost := [n for n in missing if n.startswith("encoder.")]:
+    neutral = [n for n in missing if n.startswith("encoder.") and n.split(".")[-1] in NEUTRAL]
+    fresh = [n for n in missing if n.startswith("encoder.norm.") and "fc_norm.weight" in names]    # fine-tuned: it has none
+    missing = [n for n in missing if n not in neutral]
+    if lost := [n for n in missing if n.startswith("encoder.") and n not in fresh]:
         raise ValueError(f"{where} has no {lost[0]} and {len(lost) - 1} more of this encoder: is it another architecture?")
+    found |= {name: torch.full_like(own[name], NEUTRAL[name.split(".")[-1]]) for name in neutral}
     model.load_state_dict(found, strict=False)
-    return {"format": kind, "loaded": list(found), "missing": missing, "unused": unused}
+    return {"format": kind, "loaded": [n for n in found if n not in neutral], "resized": resized, "neutral": neutral,
+            "missing": missing, "unused": unused}
+
+
+def describe(report):
+    """What `load` did, in one line."""
+    parts = [f"{report['format']}: {len(report['loaded'])} tensors loaded"]
+    for key, text in (("resized", "resized"), ("neutral", "not in the file, set to change nothing"),
+                      ("missing", "new"), ("unused", "left in the file")):
+        if report[key]:
+            parts.append(f"{text}: {summary(report[key])}")
+    return "; ".join(parts)
+
+
+def summary(names, most=6):
+    """Names, those that differ in a number only once."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    return ", ".join(kinds[:most]) + (f" and {len(kinds) - most} more" if len(kinds) > most else "")
+
+
+# ------------------------------------------------------------------------------------------------ out
+
+def export(source, to):
+    """(state_dict in the names of "timm" or "torchvision", the call that builds the model for it). Raises ValueError.
+
+    A ViT with relative bias becomes timm's Beit, without one its VisionTransformer; a ResNet keeps torchvision's names,
+    which timm shares. Pre-trained: the final norm and no classifier; fine-tuned: mean pooling with fc_norm, classifier.
+    """
+    state = {new: value for _, new, value in unpack(source)[1] if new.startswith(("encoder.", "fc_norm.", "head."))}
+    vit = "encoder.patch_embed.weight" in state
+    if vit and to != "timm":
+        raise ValueError(f"a ViT has no counterpart of the same form in {to}: --to timm")
+    if not vit and state["encoder.conv1.weight"].shape[1:] != (3, 7, 7):
+        raise ValueError(f"{to} has no ResNet with a 3×3 stem (resnet_nano)")
+    beit, out = any("relative_position" in name for name in state), {}
+    for name, value in state.items():
+        name = name.removeprefix("encoder.").replace("patch_embed.", "patch_embed.proj.")
+        if not vit:
+            name = name.replace("head.", "fc.")
+        elif not beit and name.endswith("v_bias"):
+            continue
+        elif not beit and name.endswith("q_bias"):
+            v = state["encoder." + name.replace("q_bias", "v_bias")]
+            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, torch.zeros_like(v), v])
+        elif not beit:
+            name = re.sub(r"gamma_(\d)$", r"ls\1.gamma", name)
+        out[name] = value.clone()
+    return out, constructor(state, vit, beit, to)
+
+
+def constructor(state, vit, beit, to):
+    """The line of Python that builds the model which loads an exported state_dict."""
+    classes = len(state["head.bias"]) if "head.bias" in state else 0
+    depths = collections.Counter(m[1] for n in state if (m := re.match(r"encoder\.(blocks|layer\d)\.\d+\.(?:norm1|bn1)\.weight", n)))
+    if not vit:
+        block = "Bottleneck" if "encoder.layer1.0.conv3.weight" in state else "BasicBlock"
+        call = f"({to}.models.resnet.{block}, {[depths[f'layer{i}'] for i in range(1, 5)]}, num_classes={classes or 1000})"
+        note = "" if classes else "; model.fc = torch.nn.Identity()"
+        return f"{to}.models.resnet.ResNet{call}{note}"
+    dim, _, patch, _ = state["encoder.patch_embed.weight"].shape
+    table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
+    side = math.isqrt(state["encoder.pos_embed"].shape[1] - 1) if "encoder.pos_embed" in state else (math.isqrt(len(table) - 3) + 1) // 2
+    options = dict(img_size=side * patch, patch_size=patch, embed_dim=dim, depth=depths["blocks"],
+                   num_heads=table.shape[1] if beit else "HEADS",           # a plain ViT does not show its number
+                   mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.bias"]) / dim, num_classes=classes,
+                   global_pool="'avg'" if "fc_norm.weight" in state else "'token'")
+    if beit:
+        options |= dict(use_abs_pos_emb="encoder.pos_embed" in state, use_rel_pos_bias=True)
+    if "encoder.blocks.0.gamma_1" in state:
+        options["init_values"] = 0.1
+    arguments = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"timm.models.{'beit.Beit' if beit else 'vision_transformer.VisionTransformer'}({arguments})"
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def show(path):
+    """What a file holds: format, run, and its tensors, those that differ in a number only on one line."""
+    state = read(path)
+    kind, items = unpack(state, path)
+    print(f"{path}: {kind}, {sum(value.numel() for _, _, value in items) / 1e6:.1f} M numbers in {len(items)} tensors")
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if isinstance(value, (int, float, str)):
+                print(f"{key}: {value}")
+            elif key == "identity" and isinstance(value, dict):
+                print("run: " + ", ".join(f"{k} {v}" for k, v in value.items() if v is not None))
+    groups = collections.Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(value.shape), str(value.dtype)[6:]) for _, name, value in items)
+    for (name, shape, dtype), times in groups.items():
+        print(f"  {name}  {shape} {dtype}" + (f" × {times}" if times > 1 else ""))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    option = commands.add_parser("show", help="what a file holds").add_argument
+    option("file", metavar="FILE", help="a checkpoint, ours or of " + ", ".join(FORMATS))
+    option = commands.add_parser("export", help="write it in another library's names").add_argument
+    option("checkpoint", metavar="CKPT", help="a checkpoint, ours or any that `show` knows")
+    option("--to", choices=("timm", "torchvision"), required=True)
+    option("out", metavar="OUT", help="the file to write; must not exist")
+    for each in (parser, *commands.choices.values()):
+        each.error = lambda message: parser.exit(2, f"weights.py: {message}\n")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "show":
+            show(args.file)
+            return
+        state, call = export(args.checkpoint, args.to)
+        if os.path.exists(args.out):
+            raise ValueError(f"{args.out} exists: choose another name, or remove it")
+        write(args.out, state)
+    except (ValueError, OSError) as error:
+        print(f"weights.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: {len(state)} tensors. To load them:\n  model = {call}\n"
+          f"  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,561 @@
+"""Find out what an encoder's features are worth: fine-tune it, probe it, or evaluate it.
+
+  python finetune.py --init runs/vit_nano-a2mim-shapes/last.pt             fine-tune on the built-in images' ten classes
+  python finetune.py --arch vit_nano                                       the same from scratch
+  python finetune.py --init CHECKPOINT --protocol knn --data FOLDER        nearest neighbours, nothing is trained
+  python finetune.py --init CHECKPOINT --task pose --freeze                where, how large, turned how far?
+  torchrun --nproc_per_node=8 finetune.py --arch vit_b --init CHECKPOINT --data path/to/imagenet       as published
+
+CHECKPOINT is ours or another project's (see weights.py). --protocol picks a published recipe; any field of it can be
+overridden. A run lives in a folder: last.pt, best.pt, log.jsonl, result.json. The same command again continues it.
+"""
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import data
+import losses
+import model as models
+import train
+import weights
+from train import RANK, count, number, optional, positive, say, share, together
+
+# ------------------------------------------------------------------------------------------------ protocols
+# Those of A²MIM and its official code. lr is the one at the protocol's own batch_size.
+
+KEYS = """arch protocol data img_size test_resize test_crop epochs batch_size optimizer lr min_lr schedule lr_step_epochs
+warmup_epochs weight_decay layer_decay clip drop_path loss label_smoothing mixup cutmix randaugment random_erasing
+repeated_augmentation ema crop_scale""".split()
+BASE = dict.fromkeys(KEYS[3:]) | dict(img_size=224, test_resize=256, test_crop=224, batch_size=256)
+TUNE = BASE | dict(epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine", warmup_epochs=20,
+                   weight_decay=0.05, loss="ce", label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, random_erasing=0.25,
+                   crop_scale=(0.08, 1.0))
+SIMMIM = TUNE | dict(lr=1e-2, layer_decay=0.65, clip=5.0, drop_path=0.1)
+RSB = TUNE | dict(batch_size=2048, optimizer="lamb", lr=8e-3, warmup_epochs=5, weight_decay=0.02, loss="bce", label_smoothing=None,
+                  mixup=0.1, randaugment=6, random_erasing=None, test_resize=236)
+RSB_A3 = RSB | dict(img_size=160)
+RSB_A2 = RSB | dict(epochs=300, lr=5e-3, randaugment=7, repeated_augmentation=3, drop_path=0.05)
+LINEAR = BASE | dict(optimizer="sgd", weight_decay=0.0, warmup_epochs=0, loss="ce", crop_scale=(0.08, 1.0))
+DEIT = SIMMIM | dict(epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None, repeated_augmentation=3)
+SMALL = BASE | dict(epochs=20, batch_size=64, optimizer="adamw", lr=1e-3, min_lr=1e-6, schedule="cosine", warmup_epochs=2,
+                    weight_decay=0.05, layer_decay=0.8, clip=5.0, loss="ce", label_smoothing=0.1, crop_scale=(0.5, 1.0))
+
+PROTOCOLS = {  # (for a ViT, for a ResNet); None where there is none
+    "simmim": (SIMMIM, None),
+    "rsb_a3": (None, RSB_A3),
+    "rsb_a2": (None, RSB_A2),
+    "linear": (LINEAR | dict(epochs=90, batch_size=1024, lr=12.0, min_lr=0.0, schedule="cosine"),
+               LINEAR | dict(epochs=100, lr=30.0, schedule="step", lr_step_epochs=(60, 80))),
+    "knn": (BASE, BASE),
+    "small": (SMALL, SMALL),
+    "scratch-deit": (DEIT, None),                                           # DeiT's own, arXiv 2012.12877
+    "scratch-rsb_a3": (None, RSB_A3),
+    "scratch-rsb_a2": (None, RSB_A2),
+    "scratch-small": (SMALL | dict(layer_decay=None), SMALL | dict(layer_decay=None)),
+}
+IMAGENET100 = {"simmim": (SIMMIM | dict(lr=8e-3, warmup_epochs=5), TUNE | dict(batch_size=2048, lr=5e-3))}
+A2 = {"resnet50": dict(ema=0.9999), "resnet101": dict(drop_path=0.1), "resnet152": dict(drop_path=0.15), "resnet200": dict(drop_path=0.2)}
+FOR_ARCH = {  # what an architecture changes
+    "simmim": {"vit_s": dict(epochs=200), "vit_b": dict(ema=0.99996),
+               "vit_l": dict(epochs=150, ema=0.99996, repeated_augmentation=3)},
+    "rsb_a2": A2, "scratch-rsb_a2": A2,
+}
+
+CHANGED = {  # options beside those of train.CONFIG: (type, help, choices)
+    "arch": (str, "architecture; absent: the checkpoint's, if it is ours", train.RECIPES),
+    "protocol": (str, "which published recipe (simmim for a ViT, rsb_a3 for a ResNet, small for the nano presets); knn trains "
+                      "nothing, linear only a linear classifier, scratch-… takes no --init", PROTOCOLS),
+    "test_resize": (count, "short side of test images, pixels; absent: in proportion to img_size", None),
+    "test_crop": (count, "side of their central crop, pixels; absent: in proportion to img_size", None),
+    "optimizer": (str, "of the training", ("adamw", "lamb", "sgd")),
+    "lr": (positive, "peak learning rate; absent: the protocol's, scaled linearly with the batch size", None),
+    "schedule": (str, "after a linear warm-up; step is ×0.1 at each of --lr-step-epochs", ("step", "cosine")),
+    "lr_step_epochs": (number(int, 0), "of the step schedule", None),
+    "weight_decay": (positive, "biases, norms, positions, tokens and scales have none", None),
+    "layer_decay": (optional(share), "factor on the learning rate from each block to the one below, or none", None),
+    "clip": (optional(positive), "largest norm of the gradient, or none (LAMB has its own)", None),
+    "loss": (str, "cross entropy, or binary cross entropy summed over classes", ("ce", "bce")),
+    "label_smoothing": (optional(share), "of the targets", None),
+    "mixup": (optional(positive), "α of mixup; with cutmix too, a coin decides for each batch", None),
+    "cutmix": (optional(positive), "α of cutmix", None),
+    "randaugment": (optional(number(float, 0, 10)), "magnitude of RandAugment", None),
+    "random_erasing": (optional(share), "how often a box of an image is erased", None),
+    "repeated_augmentation": (optional(count), "crops of an image in one epoch", None),
+    "ema": (optional(share), "decay of a running mean of the weights, which is then evaluated", None),
+}
+CONFIG = {key: (train.CONFIG | CHANGED)[key] for key in KEYS}
+
+
+def parse(argv):
+    parser = train.make_parser("finetune.py", "[--init CHECKPOINT] [--protocol PROTOCOL] [--data DATA] [option ...]", __doc__,
+                               CONFIG, "protocol", " (at most 256; 128 for vit_b and vit_l)")
+    option = parser.add_argument_group("what to find out").add_argument
+    option("--init", metavar="CHECKPOINT", help="encoder to start from; absent: random weights")
+    option("--task", choices=losses.TASKS, default="class", help="class; or of the built-in images, the pose (centre, size, angle) or the "
+           "object's mask (class)")
+    option("--freeze", action="store_true", help="train the head only (linear does anyway)")
+    option("--eval", action="store_true", help="evaluate --init, head included, and train nothing")
+    option("--labels", type=count, help="train on this many images, drawn by --seed (all)")
+    option("--eval-every", type=count, default=1, help="epochs between two evaluations (1)")
+    option("--k", type=count, default=20, help="knn: neighbours (20)")
+    option("--temperature", type=number(float, 1e-6), default=0.07, help="knn: a neighbour weighs exp(similarity / temperature) (0.07)")
+    return parser.parse_args(argv)
+
+
+def resolve(args, checkpoint=None):
+    """The configuration: row of --protocol for --arch, then what was given. Raises ValueError, in one line.
+
+    checkpoint: what the file --init holds; ours say which architecture and image size it is.
+    """
+    given, known = vars(args), checkpoint.get("identity") if isinstance(checkpoint, dict) else None
+    known = known if isinstance(known, dict) else {}
+    if args.init and "arch" not in given and known.get("arch") not in train.RECIPES:
+        raise ValueError(f"{args.init} does not say which architecture it holds: give --arch, one of {', '.join(train.RECIPES)}")
+    arch = given.get("arch") or known.get("arch", "vit_nano")
+    if known.get("arch", arch) != arch:
+        raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
+    resnet, nano = "resnet" in arch, "nano" in arch
+    protocol = given.get("protocol") or ("simmim" if args.recipe == "imagenet100" else "small" if nano else "rsb_a3" if resnet else "simmim")
+    table = PROTOCOLS if args.recipe == "imagenet" else IMAGENET100 if arch in train.IMAGENET100 else {}
+    row = table.get(protocol, (None, None))[resnet]
+    if row is None:
+        some = [name for name, rows in table.items() if rows[resnet]]
+        raise ValueError(f"there is no {protocol} protocol of {args.recipe} for {arch}" + (f": choose from {', '.join(some)}" if some else ""))
+    if args.init and protocol.startswith("scratch-"):
+        raise ValueError(f"{protocol} starts from random weights: leave out --init, or choose another --protocol")
+    if args.recipe == "imagenet":
+        row = row | FOR_ARCH.get(protocol, {}).get(arch, {})
+    if nano or protocol in ("knn", "small", "scratch-small"):               # no size of their own: the encoder's
+        size = known.get("img_size") or train.RECIPES[arch]["img_size"]
+        row = row | dict(img_size=size, test_resize=size, test_crop=size)
+    config = dict(arch=arch, protocol=protocol, data="shapes") | row | {name: given[name] for name in CONFIG if name in given}
+    if "lr" not in given and row["lr"]:
+        config["lr"] = row["lr"] * config["batch_size"] / row["batch_size"]
+    if "test_crop" not in given:
+        config["test_crop"] = round(row["test_crop"] * config["img_size"] / row["img_size"])
+    if "test_resize" not in given:
+        config["test_resize"] = max(config["test_crop"], round(row["test_resize"] * config["test_crop"] / row["test_crop"]))
+    if args.task != "class":                                                # whole images, as they are
+        config |= dict.fromkeys(("loss", "label_smoothing", "mixup", "cutmix", "randaugment", "random_erasing", "crop_scale"))
+        config |= dict(test_resize=config["img_size"], test_crop=config["img_size"])
+    for name in ("crop_scale", "lr_step_epochs"):
+        config[name] = config[name] and list(config[name])                  # as JSON has it
+    c = SimpleNamespace(**config)
+    for wrong, message in (
+            (args.eval and not args.init, "--eval needs --init, a fine-tuned checkpoint"),
+            (args.task != "class" and c.data != "shapes", f"only the built-in images know the {args.task}: leave out --data"),
+            (args.task != "class" and protocol == "knn", f"knn tells classes, not the {args.task}: choose another --protocol"),
+            (c.test_resize < c.test_crop, f"test_resize {c.test_resize} is smaller than test_crop {c.test_crop}"),
+            (c.schedule == "step" and not c.lr_step_epochs, "the step schedule needs --lr-step-epochs"),
+            (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr")):
+        if wrong:
+            raise ValueError(message)
+    return {name: config[name] for name in CONFIG}
+
+
+# ------------------------------------------------------------------------------------------------ what is seen
+
+def mix(image, label, config, classes):
+    """Mixup or cutmix of a batch, one λ for all (arXiv 1710.09412, 1905.04899): image, soft targets (B, K)."""
+    kinds = [kind for kind, name in ((v2.MixUp, "mixup"), (v2.CutMix, "cutmix")) if config[name]]
+    if not kinds:
+        return image, F.one_hot(label, classes).float()
+    kind = kinds[int(torch.rand(()) * len(kinds))]
+    return kind(alpha=config["mixup" if kind is v2.MixUp else "cutmix"], num_classes=classes)(image, label)
+
+
+def train_view(sample, generator, config):
+    """What a loader's worker makes of an (image, target) in training."""
+    image, target = sample
+    if config["crop_scale"] is not None:
+        image = data.random_resized_crop(image, config["img_size"], config["crop_scale"], generator, interpolation=data.BICUBIC)
+    if config["randaugment"] is not None or config["random_erasing"]:
+        image = data.augment(image, generator, config["randaugment"], config["random_erasing"])
+    return image, target
+
+
+def test_view(sample, generator, config):
+    return data.evaluation_crop(sample[0], config["test_resize"], config["test_crop"]), sample[1]
+
+
+# ------------------------------------------------------------------------------------------------ optimization
+
+class LAMB(torch.optim.Optimizer):
+    """Layer-wise adaptive moments (You et al., arXiv 1904.00962), in the form of ResNet strikes back (arXiv 2110.00476).
+
+    Gradients are clipped to a global norm of 1. AdamW's direction, decay included, is scaled by |p| / |direction| for
+    each parameter that decays (by 1 if either is 0).
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        shrink = torch.nn.utils.get_total_norm(gradients).clamp(min=1.0)
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            group["step"] = t = group.get("step", 0) + 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                state, gradient = self.state[p], p.grad / shrink
+                if not state:
+                    state |= dict(mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state["mean"].lerp_(gradient, 1 - beta1)
+                state["square"].lerp_(gradient.square(), 1 - beta2)
+                direction = state["mean"] / (1 - beta1 ** t) / ((state["square"] / (1 - beta2 ** t)).sqrt() + group["eps"])
+                if group["weight_decay"]:
+                    direction += group["weight_decay"] * p
+                    size, length = p.norm(), direction.norm()
+                    direction *= torch.where((size > 0) & (length > 0), size / length, 1.0)
+                p -= group["lr"] * direction
+
+
+def layer_scales(model, decay):
+    """Parameter's name -> factor on its learning rate: 1 for the head, d^(L − i) for block i (from 0; of a ResNet, stage),
+    d^(L + 1) for what comes before the L blocks."""
+    place = {name: re.match(r"encoder\.(?:blocks\.|layer)(\d+)\.", name) for name, _ in model.named_parameters()}
+    blocks = sorted({int(m[1]) for m in place.values() if m})
+    return {name: decay ** (len(blocks) - blocks.index(int(m[1]))) if m else
+            decay ** (len(blocks) + 1) if name.startswith("encoder.") and not name.startswith("encoder.norm") else 1.0
+            for name, m in place.items()}
+
+
+def make_optimizer(model, config):
+    scales, groups = layer_scales(model, config["layer_decay"] or 1.0), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = train.decays(name, parameter)
+            group = groups.setdefault((decay, scales[name]), dict(
+                params=[], weight_decay=config["weight_decay"] if decay else 0.0, peak_lr=config["lr"] * scales[name]))
+            group["params"].append(parameter)
+    kind, options = {"adamw": (torch.optim.AdamW, dict(fused=True)), "lamb": (LAMB, {}),
+                     "sgd": (torch.optim.SGD, dict(momentum=0.9))}[config["optimizer"]]
+    return kind(list(groups.values()), lr=config["lr"], **options)
+
+
+class EMA(AveragedModel):
+    """A running mean of a model's parameters; buffers are the model's. The decay rises from 0.9 of its value to all of it."""
+
+    def __init__(self, model, decay, warmup_steps):
+        super().__init__(model)
+        self.decay, self.warmup_steps = decay, warmup_steps
+        self.n_averaged.fill_(1)                                            # the first update averages, too
+
+    def update(self, model, step):
+        decay = self.decay * (0.9 + 0.1 * min(1.0, step / max(1, self.warmup_steps)))
+        self.multi_avg_fn = get_ema_multi_avg_fn(decay)
+        self.update_parameters(model)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+def test_batches(images, batch, world):
+    """This process's share of the indices, in batches: each image on one process only, none twice."""
+    share = [(0, i, i) for i in range(RANK, images, world)]
+    return [share[i:i + batch] for i in range(0, len(share), batch)]
+
+
+def sum_over_ranks(values):
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+@torch.no_grad()
+def evaluate(model, loader, task, device, autocast):
+    """Metrics of a task over every image of the loaders of all processes."""
+    model.eval()
+    if dist.is_initialized():                                               # each process has its own batch statistics
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    total, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros(1, device=device)
+    for image, target in loader:
+        image, target = data.normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
+        with autocast():
+            output = model.forward(image).float()                           # not compiled: other batch sizes
+        for i, value in enumerate(task.sums(output, target, image.shape[-1])):
+            total[i] += value
+        images += len(image)
+    n = int(sum_over_ranks(images))
+    return task.metrics(sum_over_ranks(total).tolist(), n) | dict(n=n)
+
+
+@torch.no_grad()
+def features(model, loader, images, device, autocast, world):
+    """(images, C) features of unit length and (images,) labels, in the order of the source, on every process."""
+    model.eval()
+    found, labels = [], []
+    for image, label in tqdm(loader, "features", disable=RANK > 0 or not sys.stderr.isatty()):
+        with autocast():
+            found.append(F.normalize(model.features(data.normalize(image.to(device))).float(), dim=1))
+        labels.append(label.to(device))
+    all_features = torch.zeros(images, model.head.in_features, device=device)
+    all_labels = torch.zeros(images, dtype=torch.int64, device=device)
+    if found:
+        all_features[RANK::world], all_labels[RANK::world] = torch.cat(found), torch.cat(labels)
+    return sum_over_ranks(all_features), sum_over_ranks(all_labels)
+
+
+def knn(bank, labels, queries, k, temperature, classes):
+    """(B, K) votes: each of the k most similar of the bank, by cosine, votes exp(similarity / T) for its class
+    (Wu et al., arXiv 1805.01978). All features have unit length."""
+    similarity, nearest = (queries @ bank.T).topk(k)
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    return votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+FILES = ("log.jsonl", "best.pt", "result.json")                             # of a run, beside last.pt
+
+
+def open_labelled(config, split, task):
+    """Source of a split, of images that have a label, and the names of the classes. Raises ValueError."""
+    if task != "class":
+        return data.Shapes(config["img_size"], split, target=task), None
+    source = data.open_source(config["data"], split, config["img_size"])
+    if getattr(source, "empty", None):
+        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it")
+    if not (labelled := (source.labels >= 0).nonzero()[0].tolist()):
+        raise ValueError(f"the images of {config['data']} have no labels: put those of each class in a folder of its own")
+    return torch.utils.data.Subset(source, labelled), list(source.classes)
+
+
+def build(args, config, classes, checkpoint):
+    """The model, its encoder from --init, and what `weights.load` reports. Raises ValueError."""
+    task = losses.TASKS[args.task]
+    torch.manual_seed(data.key(args.seed))
+    encoder = models.build(config["arch"], config["img_size"], drop_path=config["drop_path"] or 0.0).encoder
+    if isinstance(encoder, models.ViT) and config["test_crop"] != config["img_size"]:
+        raise ValueError(f"a ViT is tested at its own size: --test-crop {config['test_crop']} differs from --img-size {config['img_size']}")
+    model, loaded = models.Predictor(encoder, task.outputs or len(classes), task.pool), None
+    if args.init:
+        loaded = weights.load(model, checkpoint, args.init)
+        known = checkpoint.get("classes") if isinstance(checkpoint, dict) else None
+        if args.eval and ("head.weight" not in loaded["loaded"] or known and known != classes):
+            there = f"one of {len(known)} ({', '.join(known[:3])} …)" if known else "another, or none"
+            raise ValueError(f"{args.init} has no {args.task} head for {config['data']}"
+                             + (f" and its {len(classes)} classes ({', '.join(classes[:3])} …), but {there}" if classes else ""))
+    if args.freeze or config["protocol"] == "linear":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("head.")
+    return model, loaded
+
+
+def prepare(args, config, world, checkpoint):
+    """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
+    micro_batch = train.find_micro_batch(config["batch_size"], args.micro_batch, world,
+                                         256 if "nano" in config["arch"] else train.RECIPES[config["arch"]]["micro_batch"])
+    (source, classes), (held_out, others) = (open_labelled(config, split, args.task) for split in ("train", "val"))
+    if classes != others:
+        odd = sorted(set(classes) ^ set(others))
+        raise ValueError(f"the classes of {config['data']} do not match: {odd[0]!r} is in {'train' if odd[0] in classes else 'val'} only")
+    if args.labels:
+        if args.labels > len(source):
+            raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
+        chosen = torch.randperm(len(source), generator=data.generator(args.seed, "labels"))[:args.labels]
+        source = torch.utils.data.Subset(source, chosen.tolist())
+    model, loaded = build(args, config, classes, checkpoint)
+    if config["protocol"] == "knn" and args.k > len(source):
+        raise ValueError(f"--k {args.k} is more than the {len(source)} training images")
+    identity = config | dict(task=args.task, eval=args.eval, init=args.init, freeze=args.freeze, labels=args.labels, seed=args.seed)
+    if config["protocol"] == "knn":
+        identity |= dict(k=args.k, temperature=args.temperature)
+    out = args.out or os.path.join("runs", run_name(args, config))
+    run = SimpleNamespace(model=model, loaded=loaded, source=source, held_out=held_out, classes=classes, micro_batch=micro_batch,
+                          identity=identity, out=out)
+    if args.eval or config["protocol"] == "knn":
+        if not args.overwrite:
+            check_result(out, identity)
+        return run
+    run.total = config["epochs"] * (len(source) // config["batch_size"])
+    run.stop = run.total if args.steps is None else min(args.steps, run.total)
+    run.state = train.open_run(out, identity, args.overwrite, FILES)
+    run.start = run.state["step"] if run.state else 0
+    run.batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world,
+                               config["repeated_augmentation"] or 1)
+    return run
+
+
+def run_name(args, config):
+    """Name of the folder of a run: from what, by which protocol, for which task, on which images."""
+    if args.init:
+        folder, name = os.path.split(os.path.abspath(args.init))
+        start = os.path.basename(folder) if name in ("last.pt", "best.pt") else os.path.splitext(name)[0]
+    else:
+        start = config["arch"] + ("" if config["protocol"].startswith("scratch") else "-scratch")
+    return "-".join([start, "eval" if args.eval else config["protocol"], *(["frozen"] if args.freeze else []),
+                     *([args.task] if args.task != "class" else []), os.path.basename(os.path.normpath(config["data"]))])
+
+
+def check_result(out, identity):
+    """Raises ValueError if the folder holds the result of something else."""
+    try:
+        with open(os.path.join(out, "result.json")) as file:
+            if json.load(file)["config"] != identity:
+                raise ValueError
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} holds the result of something else: choose another --out, or --overwrite") from None
+
+
+def finish(run, args, metrics, **more):
+    """The result: result.json, and a line."""
+    result = metrics | more | dict(task=args.task, protocol=run.identity["protocol"], arch=run.identity["arch"], init=args.init,
+                                   config=run.identity)
+    if RANK == 0:
+        os.makedirs(run.out, exist_ok=True)
+        path = os.path.join(run.out, "result.json")
+        with open(path + ".tmp", "w") as file:
+            json.dump(result, file, indent=2)
+        os.replace(path + ".tmp", path)
+    say(f"Result: {line(metrics)} ({metrics['n']:,} images). {os.path.join(run.out, 'result.json')}")
+
+
+def line(metrics):
+    """Metrics for people: top1 56.20, top5 93.10."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name != "n")
+
+
+def work(args, config, world, device, checkpoint):
+    if config["data"] in data.SOURCES:                                      # one process of each machine downloads
+        together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
+    run = together(lambda: prepare(args, config, world, checkpoint))
+    say(f"{config['arch']}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters, on {device} × {world}; "
+        f"{config['data']}: {len(run.source):,} images to learn {args.task} from, {len(run.held_out):,} to test"
+        + ("" if "data" in args else " (no --data given: the built-in images)"))
+    say(f"{args.init} is {weights.describe(run.loaded)}" if args.init else "no --init: from scratch")
+    workers, pin = train.loader_workers(args), device.type == "cuda"
+
+    def test_loader(source):
+        view = functools.partial(test_view, config=config)
+        return data.loader(data.Views(source, view), test_batches(len(source), run.micro_batch, world), workers, pin)
+
+    task, (autocast, scaler) = losses.TASKS[args.task], train.precision(args.amp, device)
+    model, loader = train.place(run.model, device, world), test_loader(run.held_out)
+    if args.eval:
+        finish(run, args, evaluate(model, loader, task, device, autocast), epoch=None)
+    elif config["protocol"] == "knn":
+        bank, labels = features(model, test_loader(run.source), len(run.source), device, autocast, world)
+        queries, wanted = features(model, loader, len(run.held_out), device, autocast, world)
+        votes = torch.cat([knn(bank, labels, q, args.k, args.temperature, len(run.classes)) for q in queries.split(256)]).cpu()
+        finish(run, args, task.metrics([float(s) for s in task.sums(votes, wanted.cpu(), None)], len(votes)) | dict(n=len(votes)), epoch=None)
+    else:
+        tune(args, config, run, model, loader, world, device, autocast, scaler)
+
+
+def tune(args, config, run, model, test_loader, world, device, autocast, scaler):
+    """The training loop."""
+    task = losses.TASKS[args.task]
+    start, stop, total, out, steps_per_epoch = run.start, run.stop, run.total, run.out, run.batches.steps_per_epoch
+    accumulate = config["batch_size"] // (run.micro_batch * world)
+    say(f"batch {config['batch_size']} = {world} process(es) × {run.micro_batch} images × {accumulate} accumulated; "
+        f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
+    if run.state:
+        say(f"{out}: continuing after step {start}" if start < stop else f"{out}: already at step {start} of {total}; "
+            + ("--overwrite starts anew, --out elsewhere" if start >= total else "a larger --steps goes on"))
+    if start >= stop:
+        return
+    optimizer = make_optimizer(model, config)
+    ema = EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None
+    best = run.state["best"] if run.state else None
+    if run.state:
+        together(lambda: train.restore(model, optimizer, scaler, run.state))
+        if ema:
+            ema.module.load_state_dict(run.state["ema"])
+        run.state = None                                                    # its memory is no longer needed
+    tested = ema.module if ema else model
+
+    def snapshot(step):
+        return dict(format="nanoA2MIM", identity=run.identity, classes=run.classes, step=step, best=best, model=model.state_dict(),
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict()) | (dict(ema=ema.module.state_dict()) if ema else {})
+
+    together(lambda: RANK == 0 and train.start_folder(out, snapshot(start), start > 0, FILES))
+    if args.compile:
+        model.compile()
+    replica = train.replicate(model, device, world, accumulate)
+    log, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "last.pt"))
+    bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+    views = data.Views(run.source, functools.partial(train_view, config=config), args.seed)
+    stream = iter(data.loader(views, run.batches, train.loader_workers(args), device.type == "cuda"))
+    since, clock, saved = start, time.time(), time.time()
+
+    for step in range(start, stop):
+        model.train()
+        if args.freeze or config["protocol"] == "linear":
+            model.encoder.eval()
+        torch.manual_seed(data.key(args.seed, step, RANK))                  # drop path and mixing, the same when continued
+        factor = train.learning_rate(config, step, steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        loss = torch.zeros(1, device=device)
+        for micro in range(accumulate):
+            image, target = (tensor.to(device, non_blocking=True) for tensor in next(stream))
+            image = data.normalize(image)
+            if args.task == "class":
+                image, target = mix(image, target, config, len(run.classes))
+            with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else replica.no_sync():
+                with autocast():
+                    output = replica(image)
+                part = task.loss(output.float(), target, config) / accumulate
+                scaler.scale(part).backward()
+            loss += part.detach()
+        train.update(model, optimizer, scaler, config["clip"])
+        if ema:
+            ema.update(model, step)
+        bar.update()
+
+        done, epoch = step + 1, step // steps_per_epoch + 1
+        if done % args.log_every == 0 or done in (start + 1, stop):
+            mean, = train.mean_over_ranks(loss)
+            speed, clock, since = (done - since) * config["batch_size"] / (time.time() - clock), time.time(), done
+            if RANK == 0:
+                train.report(log, bar, dict(step=done, epoch=epoch, loss=mean, lr=config["lr"] * factor, images_per_second=speed),
+                             "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s")
+        if done == stop or done % steps_per_epoch == 0 and epoch % args.eval_every == 0:
+            metrics = evaluate(tested, test_loader, task, device, autocast)
+            name, sign = task.best
+            better = best is None or sign * metrics[name] > sign * best[name]
+            best = metrics | dict(epoch=epoch) if better else best
+            if RANK == 0:
+                train.report(log, bar, dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + line(metrics))
+                if better:
+                    weights.write(os.path.join(out, "best.pt"), dict(
+                        format="nanoA2MIM", identity=run.identity, classes=run.classes, step=done, metrics=metrics, model=tested.state_dict()))
+        if RANK == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
+            weights.write(checkpoint, snapshot(done))
+            saved = time.time()
+    bar.close()
+    finish(run, args, metrics, epoch=epoch, best=best)
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        checkpoint = weights.read(args.init) if args.init else None
+        config = resolve(args, checkpoint)
+    except ValueError as error:
+        train.fail(error)
+    if args.print_config:
+        say(json.dumps(config, indent=2))
+    else:
+        train.launch(functools.partial(work, checkpoint=checkpoint), args, config)
+
+
+if __name__ == "__main__":
+    main()
