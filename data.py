@@ -202,7 +202,7 @@ class Folder:
         if not found:
             raise ValueError(f"no images ({' '.join(EXTENSIONS)}) in {self.root}")
         self.classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})
-        self.empty = sorted({entry.name for entry in os.scandir(self.root) if entry.is_dir()} - set(self.classes))
+        self.empty = sorted({entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != "."} - set(self.classes))
         if own is None:
             held = set(range(0, len(found), len(found) // max(len(found) // 100, min(8, len(found) // 4), 1)))
             found = [path for i, path in enumerate(found) if (i in held) == (split == "val")]

@@ -64,7 +64,7 @@ PROTOCOLS = {  # (for a ViT, for a ResNet); None where there is none
     "scratch-deit": (DEIT, None),                                           # DeiT's own, arXiv 2012.12877
     "scratch-rsb_a3": (None, RSB_A3),
     "scratch-rsb_a2": (None, RSB_A2),
-    "scratch-small": (SMALL | dict(layer_decay=None), SMALL | dict(layer_decay=None)),
+    "scratch-small": (SMALL | dict(layer_decay=None),) * 2,
 }
 IMAGENET100 = {"simmim": (SIMMIM | dict(lr=8e-3, warmup_epochs=5), TUNE | dict(batch_size=2048, lr=5e-3))}
 A2 = {"resnet50": dict(ema=0.9999), "resnet101": dict(drop_path=0.1), "resnet152": dict(drop_path=0.15), "resnet200": dict(drop_path=0.2)}
@@ -157,7 +157,8 @@ def resolve(args, checkpoint=None):
     for wrong, message in (
             (args.eval and not args.init, "--eval needs --init, a fine-tuned checkpoint"),
             (args.task != "class" and c.data != "shapes", f"only the built-in images know the {args.task}: leave out --data"),
-            (args.task != "class" and protocol == "knn", f"knn tells classes, not the {args.task}: choose another --protocol"),
+            (args.task != "class" and protocol in ("knn", "linear"), f"{protocol} is for classes, not for the {args.task}: "
+             "choose another --protocol, and --freeze for a probe"),
             (c.test_resize < c.test_crop, f"test_resize {c.test_resize} is smaller than test_crop {c.test_crop}"),
             (c.schedule == "step" and not c.lr_step_epochs, "the step schedule needs --lr-step-epochs"),
             (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr")):
@@ -230,7 +231,7 @@ def layer_scales(model, decay):
     place = {name: re.match(r"encoder\.(?:blocks\.|layer)(\d+)\.", name) for name, _ in model.named_parameters()}
     blocks = sorted({int(m[1]) for m in place.values() if m})
     return {name: decay ** (len(blocks) - blocks.index(int(m[1]))) if m else
-            decay ** (len(blocks) + 1) if name.startswith("encoder.") and not name.startswith("encoder.norm") else 1.0
+            decay ** (len(blocks) + 1) if name.startswith("encoder.") else 1.0
             for name, m in place.items()}
 
 
@@ -282,8 +283,8 @@ def evaluate(model, loader, task, device, autocast):
     if dist.is_initialized():                                               # each process has its own batch statistics
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    total, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros(1, device=device)
-    for image, target in loader:
+    total, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    for image, target in tqdm(loader, "test", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         image, target = data.normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
         with autocast():
             output = model.forward(image).float()                           # not compiled: other batch sizes
@@ -330,7 +331,7 @@ def open_labelled(config, split, task):
     source = data.open_source(config["data"], split, config["img_size"])
     if getattr(source, "empty", None):
         raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it")
-    if not (labelled := (source.labels >= 0).nonzero()[0].tolist()):
+    if not len(labelled := (source.labels >= 0).nonzero()[0]):
         raise ValueError(f"the images of {config['data']} have no labels: put those of each class in a folder of its own")
     return torch.utils.data.Subset(source, labelled), list(source.classes)
 
@@ -369,6 +370,8 @@ def prepare(args, config, world, checkpoint):
             raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
         chosen = torch.randperm(len(source), generator=data.generator(args.seed, "labels"))[:args.labels]
         source = torch.utils.data.Subset(source, chosen.tolist())
+    for each in (source, held_out):                                         # an unreadable image, before anything is written
+        each[0]
     model, loaded = build(args, config, classes, checkpoint)
     if config["protocol"] == "knn" and args.k > len(source):
         raise ValueError(f"--k {args.k} is more than the {len(source)} training images")
@@ -464,11 +467,7 @@ def tune(args, config, run, model, test_loader, world, device, autocast, scaler)
     task = losses.TASKS[args.task]
     start, stop, total, out, steps_per_epoch = run.start, run.stop, run.total, run.out, run.batches.steps_per_epoch
     accumulate = config["batch_size"] // (run.micro_batch * world)
-    say(f"batch {config['batch_size']} = {world} process(es) × {run.micro_batch} images × {accumulate} accumulated; "
-        f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
-    if run.state:
-        say(f"{out}: continuing after step {start}" if start < stop else f"{out}: already at step {start} of {total}; "
-            + ("--overwrite starts anew, --out elsewhere" if start >= total else "a larger --steps goes on"))
+    train.announce(config, run, world, accumulate)
     if start >= stop:
         return
     optimizer = make_optimizer(model, config)
@@ -528,7 +527,9 @@ def tune(args, config, run, model, test_loader, world, device, autocast, scaler)
                 train.report(log, bar, dict(step=done, epoch=epoch, loss=mean, lr=config["lr"] * factor, images_per_second=speed),
                              "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s")
         if done == stop or done % steps_per_epoch == 0 and epoch % args.eval_every == 0:
+            began = time.time()
             metrics = evaluate(tested, test_loader, task, device, autocast)
+            clock += time.time() - began                                    # no part of the training speed
             name, sign = task.best
             better = best is None or sign * metrics[name] > sign * best[name]
             best = metrics | dict(epoch=epoch) if better else best

@@ -1,4 +1,4 @@
-"""The proof: python -m pytest -q (about five minutes on two cores; no network, no GPU, no other file needed).
+"""The proof: python -m pytest -q (a few minutes on two cores; no network, no GPU, no other file needed).
 
 Golden values come from the authors' official code, run in float64; they are held here as scalars over inputs and
 weights that are computed from seeds, and once more tensor by tensor where the full files lie in ../shared/golden.
@@ -23,6 +23,7 @@ import torchvision
 from PIL import Image
 
 import data
+import finetune
 import losses
 import masking
 import model as models
@@ -439,7 +440,7 @@ def test_resnet_is_torchvisions(arch):
     ours.load_state_dict(peer.state_dict())
     model = models.build(arch, 64)                                          # and through the reader, classifier and all
     report = weights.load(model, torchvision.models.__dict__[arch]().state_dict() | peer.state_dict())
-    assert report["format"] == "torchvision ResNet" and report["unused"] == ["fc.weight", "fc.bias"]
+    assert report["format"] == "ResNet of torchvision or timm" and report["unused"] == ["fc.weight", "fc.bias"]
     assert all(torch.equal(v, model.encoder.state_dict()[k]) for k, v in peer.state_dict().items())
     image = torch.randn(2, 3, 64, 64, generator=g)
     with torch.no_grad():
@@ -935,11 +936,727 @@ def test_bad_input_as_a_process(bad_inputs):
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+# ------------------------------------------------------------------------------------------------ weights.py: other projects
+
+def random_weights(module, seed=0):
+    """Every tensor filled with something of its own, so that no zero or one hides a slip. Returns the module, in eval mode."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in module.state_dict().items():
+            if t.is_floating_point():
+                t.copy_(torch.randn(t.shape, generator=g) * (t[0].numel() ** -0.5 if t.ndim in (2, 4) and "table" not in name else 0.1))
+                if t.ndim == 1 and ("weight" in name or "var" in name or "gamma" in name):
+                    t.add_(1)
+    return module.eval()
+
+
+PEER_VIT = dict(arch="vit_b", img_size=64, dim=48, depth=3, heads=4, mlp_dim=192, drop_path=0.0)
+LIKE = dict(img_size=64, embed_dim=48, depth=3, num_heads=4)                # the same in timm's words
+VIT_PEERS = {  # our switches -> timm's model
+    "BEiT with absolute positions": (dict(), "beit", "Beit", dict(use_rel_pos_bias=True, init_values=0.1)),
+    "BEiT without absolute positions": (dict(abs_pos=False), "beit", "Beit", dict(use_rel_pos_bias=True, init_values=0.1, use_abs_pos_emb=False)),
+    "relative bias only": (dict(layer_scale=None), "beit", "Beit", dict(use_rel_pos_bias=True)),
+    "plain": (dict(rel_pos_bias=False, layer_scale=None), "vision_transformer", "VisionTransformer", dict()),
+    "plain with LayerScale": (dict(rel_pos_bias=False), "vision_transformer", "VisionTransformer", dict(init_values=0.1)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("peer", VIT_PEERS)
+@pytest.mark.parametrize("classes", [0, 7])
+def test_timm_vit_both_ways(peer, classes, tmp_path):
+    pytest.importorskip("timm")
+    from timm.models import beit, vision_transformer
+    ours, module, name, theirs = VIT_PEERS[peer]
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    make = getattr(dict(beit=beit, vision_transformer=vision_transformer)[module], name)
+    there = dict(LIKE, num_classes=classes, global_pool="avg" if classes else "token", **theirs)
+
+    def our_model(**options):
+        model = models.build(**PEER_VIT | options)
+        return models.Predictor(model.encoder, classes) if classes else model
+
+    def outputs(model, theirs):                                             # logits, or the features of patches
+        if classes:
+            return model(image), theirs(image)
+        return model.encoder(image).flatten(2).transpose(1, 2), theirs.forward_features(image)[:, 1:]
+
+    model = random_weights(our_model(**ours))                               # out
+    torch.save({"model": model.state_dict()}, tmp_path / "ours.pt")
+    weights.main(["export", str(tmp_path / "ours.pt"), "--to", "timm", str(tmp_path / "theirs.pt")])
+    timm_model = make(**there)
+    timm_model.load_state_dict(torch.load(tmp_path / "theirs.pt", weights_only=True), strict=True)
+    assert relative(*outputs(model, timm_model.eval())) < 1e-5
+    _, call = weights.export(tmp_path / "ours.pt", "timm")                  # and the printed line builds such a model
+    assert {k: v.shape for k, v in eval(call.replace("HEADS", "4"), dict(timm=__import__("timm"))).state_dict().items()} == {
+        k: v.shape for k, v in timm_model.state_dict().items()}
+
+    timm_model = random_weights(make(**there), seed=2)                      # in: the same switches, or all of them on
+    for options in (ours, {}):
+        model = our_model(**options).eval()
+        report = weights.load(model, timm_model.state_dict())
+        assert report["format"] == "ViT of timm, BEiT or MAE" and not report["unused"]
+        assert relative(*outputs(model, timm_model)) < 1e-5
+        assert bool(report["neutral"]) == (set(options) != set(ours))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+@pytest.mark.parametrize("arch", ["resnet50", "resnet101", "resnet152", "resnet18"])
+def test_resnet_both_ways(library, arch, tmp_path):
+    build = pytest.importorskip("timm").create_model if library == "timm" else torchvision.models.get_model
+    peer = random_weights(build(arch, num_classes=7))
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    model = models.Predictor(models.build(arch, 64).encoder, 7).eval()
+    report = weights.load(model, peer.state_dict())
+    assert not report["missing"] and not report["unused"] and relative(model(image), peer(image)) < 1e-5
+    random_weights(model, seed=2)
+    torch.save({"model": model.state_dict()}, tmp_path / "ours.pt")
+    weights.main(["export", str(tmp_path / "ours.pt"), "--to", library, str(tmp_path / "theirs.pt")])
+    peer.load_state_dict(torch.load(tmp_path / "theirs.pt", weights_only=True), strict=True)
+    assert relative(model(image), peer(image)) < 1e-5
+
+
+@torch.no_grad()
+def test_mae_simmim_and_fine_tuned_openmixup():
+    """Formats without a package to compare with: files made from our own model by their naming rules, written down here."""
+    image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    plain = random_weights(models.build(**PEER_VIT, rel_pos_bias=False, layer_scale=None))
+    expected, mae = plain.encoder(image), {"mask_token": torch.ones(1, 1, 32), "decoder_embed.weight": torch.ones(32, 48),
+                                           "decoder_blocks.0.attn.qkv.bias": torch.ones(96), "decoder_pred.bias": torch.ones(768)}
+    for name, value in plain.encoder.state_dict().items():
+        name = name.replace("patch_embed.", "patch_embed.proj.")
+        if name.endswith("q_bias"):                                         # one bias; that of the keys does nothing
+            v = plain.encoder.state_dict()[name.replace("q_bias", "v_bias")]
+            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, torch.full_like(v, 3.0), v])
+        if not name.endswith("v_bias"):
+            mae[name] = value
+    model = models.build(**PEER_VIT).eval()
+    report = weights.load(model, {"model": mae})
+    assert relative(model.encoder(image), expected) < 1e-6
+    assert set(report["unused"]) == {n for n in mae if n.startswith(("mask_token", "decoder"))} and len(report["neutral"]) == 9
+
+    shared = random_weights(models.build(**PEER_VIT, abs_pos=False, token="replace"))      # as SimMIM: one table, no positions
+    for block in shared.encoder.blocks:
+        block.attn.relative_position_bias_table.copy_(shared.encoder.blocks[0].attn.relative_position_bias_table)
+    simmim = {n.replace("patch_embed.", "patch_embed.proj."): v for n, v in shared.state_dict().items() if "relative" not in n}
+    simmim["encoder.rel_pos_bias.relative_position_bias_table"] = shared.encoder.blocks[0].attn.relative_position_bias_table.data
+    simmim["encoder.rel_pos_bias.relative_position_index"] = models.relative_position_index(4)
+    simmim["encoder.mask_token"] = simmim.pop("mask_token.token").view(1, 1, -1)
+    model = models.build(**PEER_VIT, token="replace").eval()
+    report = weights.load(model, {"model": simmim, "epoch": 3})
+    assert report["format"] == "SimMIM" and not report["unused"] and not report["missing"]
+    assert report["neutral"] == ["encoder.pos_embed"]
+    mask = masking.random_mask(2, 2, 0.5, torch.Generator().manual_seed(0))
+    assert relative(model(image, mask), shared(image, mask)) < 1e-6
+
+    for arch, head in ((PEER_VIT, "head.fc."), (PEER_VIT, "head.layers.head."), (dict(arch="resnet18", img_size=64), "head.fc.")):
+        tuned = random_weights(models.Predictor(models.build(**arch).encoder, 7))
+        names = ((n, official_name(n, v)[0]) for n, v in tuned.state_dict().items())
+        state = {official.replace("head.", head).replace("fc_norm.", "backbone.fc_norm."): tuned.state_dict()[n] for n, official in names}
+        model = models.Predictor(models.build(**arch).encoder, 7).eval()
+        report = weights.load(model, {"state_dict": state, "meta": {}})
+        assert report["format"] == "OpenMixup" and not report["missing"] and not report["unused"]
+        assert torch.equal(model(image), tuned(image))
+
+
+def test_tables_of_positions_are_resized_right():
+    for old, new in ((14, 16), (12, 14), (16, 14), (8, 16)):
+        for name, side, rest, dim in (("encoder.pos_embed", lambda n: n, 1, 5), ("x.relative_position_bias_table", lambda n: 2 * n - 1, 3, 4)):
+            a, b = side(old), side(new)
+            y, x = torch.meshgrid(torch.arange(a) + 0.5, torch.arange(a) + 0.5, indexing="ij")
+            planes = torch.stack([i * x / a - y / a for i in range(dim)], -1).view(a * a, dim)       # ramps over the image
+            extra = torch.randn(rest, dim)
+            table = torch.cat([extra, planes])[None] if rest == 1 else torch.cat([planes, extra])
+            like = torch.empty(1, 1 + b * b, dim) if rest == 1 else torch.empty(b * b + 3, dim)
+            out = weights.resize_positions(name, table, like)
+            assert out.shape == like.shape
+            body, kept = (out[0, 1:], out[0, :1]) if rest == 1 else (out[:-3], out[-3:])
+            assert torch.equal(kept, extra)                                 # what belongs to the class token
+            y, x = torch.meshgrid(torch.arange(b) + 0.5, torch.arange(b) + 0.5, indexing="ij")
+            wanted = torch.stack([i * x / b - y / b for i in range(dim)], -1)
+            error, edge = (body.view(b, b, dim) - wanted).abs(), -(-2 * b // a) + 1
+            step = dim / b                                                  # a ramp stays a ramp: exactly when enlarged, else to 2 % of a step
+            assert error[edge:-edge, edge:-edge].max() < (1e-5 if new > old else 0.02 * step), (name, old, new)
+            assert error.max() < dim * 0.5 / a                              # at the edge it levels off, within half a patch
+            assert torch.allclose(weights.resize_positions(name, table, table), table, atol=1e-6)
+    centre = torch.zeros(27 * 27 + 3, 1)
+    centre[13 * 27 + 13] = 1.0                                              # offset 0 stays offset 0
+    grid = weights.resize_positions("x.relative_position_bias_table", centre, torch.empty(31 * 31 + 3, 1))[:-3]
+    assert grid.argmax() == 15 * 31 + 15
+    for wrong in (torch.empty(1, 11, 5), torch.empty(1, 17, 6), torch.empty(17, 5)):
+        assert weights.resize_positions("encoder.pos_embed", torch.empty(1, 10, 5), wrong) is None
+
+
+def test_positions_are_resized_as_in_timm():
+    layers = pytest.importorskip("timm").layers
+    table = torch.randn(1, 1 + 12 * 12, 6)
+    theirs = layers.resample_abs_pos_embed(table, [16, 16])
+    assert relative(weights.resize_positions("pos_embed", table, theirs), theirs) < 1e-6
+
+
+def test_same_size_is_loaded_untouched(tmp_path):
+    model = random_weights(models.build(**PEER_VIT))
+    other = models.build(**PEER_VIT)
+    assert not weights.load(other, model.state_dict())["resized"]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+    bigger = models.build(**PEER_VIT | dict(img_size=96))
+    report = weights.load(bigger, {f"module.{k}": v for k, v in model.state_dict().items()})          # a wrapped model's names
+    assert report["resized"] == ["encoder.pos_embed", *(f"encoder.blocks.{i}.attn.relative_position_bias_table" for i in range(3))]
+    assert "resized: encoder.pos_embed, encoder.blocks.*.attn.relative_position_bias_table" in weights.describe(report)
+
+
+@pytest.mark.parametrize("change,says", [
+    (dict(rel_pos_bias=False), "its encoder has encoder.blocks.0.attn.relative_position_bias_table"),
+    (dict(layer_scale=None), "its encoder has encoder.blocks.0.gamma_1"),
+    (dict(abs_pos=False), "its encoder has encoder.pos_embed"),
+    (dict(depth=2), "its encoder has encoder.blocks.2."),
+    (dict(depth=4), "has no encoder.blocks.3.norm1.weight and"),
+    (dict(patch_size=8), "encoder.patch_embed.weight is (48, 3, 16, 16), but the model's is (48, 3, 8, 8)"),
+])
+def test_another_encoder_is_refused(change, says):
+    """What a file has and a model has not is never dropped silently: the features would be others."""
+    state, model = models.build(**PEER_VIT).state_dict(), models.build(**PEER_VIT | change)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=re.escape(says)):
+        weights.load(model, state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_head_on_the_class_token_stays_in_the_file():
+    model = models.Predictor(models.build(**PEER_VIT, rel_pos_bias=False, layer_scale=None).encoder, 7)
+    state = models.build(**PEER_VIT, rel_pos_bias=False, layer_scale=None).encoder.state_dict() | {"head.weight": torch.ones(7, 48), "head.bias": torch.ones(7)}
+    report = weights.load(model, {n.replace("patch_embed.", "patch_embed.proj."): v for n, v in state.items()})
+    assert {"head.weight", "head.bias"} <= set(report["unused"]) and model.head.weight.std() < 0.02
+
+
+def test_detection_and_segmentation_with_our_resnet(tmp_path):
+    """The README's lines: torchvision's Mask R-CNN and FCN around an exported encoder, one training step each."""
+    torch.save({"model": random_weights(models.build("resnet50", 64)).state_dict()}, tmp_path / "last.pt")
+    weights.main(["export", str(tmp_path / "last.pt"), "--to", "torchvision", str(tmp_path / "resnet50.pth")])
+    state = torch.load(tmp_path / "resnet50.pth", weights_only=True)
+    for which in ("detection", "segmentation"):
+        if which == "detection":
+            model = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
+            body = model.backbone.body
+        else:
+            model = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3)
+            body = model.backbone
+        body.load_state_dict(state, strict=True)
+        before = body.layer4[0].conv1.weight.clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        image = torch.rand(2, 3, 64, 64)
+        if which == "detection":
+            targets = [dict(boxes=torch.tensor([[8.0, 8.0, 40.0, 48.0]]), labels=torch.tensor([1]),
+                            masks=torch.ones(1, 64, 64, dtype=torch.uint8)) for _ in range(2)]
+            loss = sum(model.train()(list(image), targets).values())
+        else:
+            loss = torch.nn.functional.cross_entropy(model.train()(image)["out"], torch.randint(0, 3, (2, 64, 64)))
+        loss.backward()
+        optimizer.step()
+        assert torch.isfinite(loss) and not torch.equal(body.layer4[0].conv1.weight, before)
+
+
+BAD_WEIGHTS = [  # command, what the one line must say
+    ("show {tmp}/nowhere.pt", "no checkpoint at"),
+    ("show {tmp}/text.pt", "no PyTorch checkpoint"),
+    ("show {tmp}/cut.pt", "is damaged"),
+    ("show {tmp}/foreign.pt", "in no known format"),
+    ("show {tmp}/list.pt", "holds no state_dict"),
+    ("export {tmp}/vit.pt --to torchvision {tmp}/out.pt", "no counterpart"),
+    ("export {tmp}/vit.pt --to detectron {tmp}/out.pt", "invalid choice: 'detectron'"),
+    ("export {tmp}/vit.pt --to timm {tmp}/text.pt", "exists: choose another name"),
+    ("export {tmp}/vit.pt --to timm {tmp}/no/folder.pt", "No such file"),
+    ("export {tmp}/nano.pt --to torchvision {tmp}/out.pt", "3×3 stem"),
+    ("export {tmp}/vit.pt", "the following arguments are required"),
+    ("convert", "invalid choice: 'convert'"),
+    ("", "required: COMMAND"),
+]
+
+
+def test_weights_commands(tmp_path, capsys):
+    torch.save({"model": models.build("vit_nano", 32).state_dict(), "identity": dict(arch="vit_nano", lr=0.1), "step": 7}, tmp_path / "vit.pt")
+    torch.save({"model": models.build("resnet_nano", 32).state_dict()}, tmp_path / "nano.pt")
+    torch.save({"state_dict": {"conv.weight": torch.ones(1)}}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "vit.pt").read_bytes()[:-1000])
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for command, says in BAD_WEIGHTS:
+        with pytest.raises(SystemExit) as error:
+            weights.main(shlex.split(command.format(tmp=tmp_path)))
+        said = capsys.readouterr()
+        assert error.value.code == 2 and says in said.err and len(said.err.splitlines()) == 1, (command, said.err)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    weights.main(["show", str(tmp_path / "vit.pt")])
+    said = capsys.readouterr().out
+    assert "nanoA2MIM, 0.5 M numbers" in said and "run: arch vit_nano" in said and "step: 7" in said
+    assert "encoder.blocks.*.attn.qkv.weight  (288, 96) float32 × 4" in said
+
+
+# ------------------------------------------------------------------------------------------------ finetune.py: protocols
+
+NONE = dict.fromkeys(("epochs", "optimizer", "lr", "min_lr", "schedule", "lr_step_epochs", "warmup_epochs", "weight_decay", "layer_decay",
+                      "clip", "drop_path", "loss", "label_smoothing", "mixup", "cutmix", "randaugment", "random_erasing",
+                      "repeated_augmentation", "ema", "crop_scale"))
+TUNED = NONE | dict(img_size=224, test_resize=256, test_crop=224, epochs=100, batch_size=1024, optimizer="adamw", lr=1e-2, min_lr=1e-6,
+                    schedule="cosine", warmup_epochs=20, weight_decay=0.05, layer_decay=0.65, clip=5.0, drop_path=0.1, loss="ce",
+                    label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, random_erasing=0.25, crop_scale=[0.08, 1.0])
+A3 = NONE | dict(img_size=160, test_resize=236, test_crop=224, epochs=100, batch_size=2048, optimizer="lamb", lr=8e-3, min_lr=1e-6,
+                 schedule="cosine", warmup_epochs=5, weight_decay=0.02, loss="bce", mixup=0.1, cutmix=1.0, randaugment=6,
+                 crop_scale=[0.08, 1.0])
+A2 = A3 | dict(img_size=224, epochs=300, lr=5e-3, randaugment=7, repeated_augmentation=3, drop_path=0.05)
+PROBE = NONE | dict(img_size=224, test_resize=256, test_crop=224, optimizer="sgd", weight_decay=0, warmup_epochs=0, loss="ce",
+                    crop_scale=[0.08, 1.0])
+LINEAR_VIT = PROBE | dict(epochs=90, batch_size=1024, lr=12, min_lr=0, schedule="cosine")
+LINEAR_RESNET = PROBE | dict(epochs=100, batch_size=256, lr=30, schedule="step", lr_step_epochs=[60, 80])
+AS_PUBLISHED = {
+    ("vit_s", "simmim"): TUNED | dict(epochs=200), ("vit_b", "simmim"): TUNED | dict(ema=0.99996),
+    ("vit_l", "simmim"): TUNED | dict(epochs=150, ema=0.99996, repeated_augmentation=3),
+    ("deit_t", "simmim"): TUNED, ("deit_s", "simmim"): TUNED,
+    **{(arch, "rsb_a3"): A3 for arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200")},
+    ("resnet50", "rsb_a2"): A2 | dict(ema=0.9999), ("resnet101", "rsb_a2"): A2 | dict(drop_path=0.1),
+    ("resnet152", "rsb_a2"): A2 | dict(drop_path=0.15), ("resnet200", "rsb_a2"): A2 | dict(drop_path=0.2),
+    **{(arch, "linear"): LINEAR_VIT for arch in ("vit_s", "vit_b", "vit_l", "deit_s")},
+    **{(arch, "linear"): LINEAR_RESNET for arch in ("resnet50", "resnet101", "resnet152", "resnet200")},
+    ("vit_b", "knn"): NONE | dict(img_size=224, test_resize=224, test_crop=224, batch_size=256),
+}
+AS_PUBLISHED100 = {("deit_s", "simmim"): TUNED | dict(lr=8e-3, warmup_epochs=5),
+                   ("resnet50", "simmim"): TUNED | dict(batch_size=2048, lr=5e-3, layer_decay=None, clip=None, drop_path=None)}
+
+
+def protocol_of(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        finetune.main([*map(str, argv), "--print-config"])
+    return json.loads(out.getvalue())
+
+
+@pytest.mark.parametrize("recipe,table", [("imagenet", AS_PUBLISHED), ("imagenet100", AS_PUBLISHED100)])
+def test_protocols(recipe, table):
+    for (arch, protocol), row in table.items():
+        found = protocol_of("--arch", arch, "--protocol", protocol, "--recipe", recipe)
+        assert found == row | dict(arch=arch, protocol=protocol, data="shapes"), (arch, protocol)
+        assert list(found) == finetune.KEYS
+
+
+def test_protocol_defaults_and_overrides():
+    assert [protocol_of("--arch", a)["protocol"] for a in ("vit_b", "resnet50", "vit_nano", "resnet_nano")] == ["simmim", "rsb_a3", "small", "small"]
+    assert protocol_of("--arch", "vit_b", "--batch-size", 256)["lr"] == pytest.approx(2.5e-3)
+    assert protocol_of("--arch", "vit_b", "--batch-size", 256, "--lr", 3e-4)["lr"] == 3e-4
+    sizes = [protocol_of("--arch", *a) for a in (("vit_b", "--img-size", 256), ("resnet50", "--img-size", 80), ("vit_b", "--test-resize", 224))]
+    assert [(c["img_size"], c["test_resize"], c["test_crop"]) for c in sizes] == [(256, 293, 256), (80, 118, 112), (224, 224, 224)]
+    for arch, scratch, like in (("resnet50", "scratch-rsb_a2", "rsb_a2"), ("resnet50", "scratch-rsb_a3", "rsb_a3")):
+        assert protocol_of("--arch", arch, "--protocol", scratch) | dict(protocol=like) == protocol_of("--arch", arch, "--protocol", like)
+    assert protocol_of("--protocol", "scratch-small") | dict(protocol="small", layer_decay=0.8) == protocol_of("--protocol", "small")
+    deit = protocol_of("--arch", "deit_s", "--protocol", "scratch-deit")
+    assert (deit["epochs"], deit["lr"], deit["layer_decay"], deit["repeated_augmentation"]) == (300, 1e-3, None, 3)
+    given = dict(arch="resnet_nano", protocol="scratch-small", data="elsewhere", crop_scale=[0.5, 0.9], schedule="step", lr_step_epochs=[3, 4],
+                 optimizer="sgd", loss="bce", img_size=96, test_resize=120, test_crop=104, epochs=5, batch_size=12, repeated_augmentation=2)
+    given |= {k: 0.125 for k in finetune.KEYS if k not in given}
+    argv = [s for k, v in given.items() for s in ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]]
+    assert protocol_of(*argv) == given                                      # every key is an option
+    for key in ("min_lr", "layer_decay", "clip", "drop_path", "label_smoothing", "mixup", "cutmix", "randaugment", "random_erasing", "ema"):
+        if key != "min_lr":
+            assert protocol_of("--arch", "vit_b", "--" + key.replace("_", "-"), "none")[key] is None
+    pose = protocol_of("--task", "pose")
+    assert pose["crop_scale"] is None and pose["loss"] is None and pose["img_size"] == pose["test_crop"] == 64
+
+
+def test_step_schedule_of_the_linear_probe():
+    config = protocol_of("--arch", "resnet50", "--protocol", "linear")
+    assert [train.learning_rate(config, 5 * epoch, 5) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    config = protocol_of("--arch", "vit_b", "--protocol", "linear")
+    assert train.learning_rate(config, 0, 5) == 1 and train.learning_rate(config, 449, 5) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ finetune.py: parts
+
+def test_lamb_is_timms():
+    optim = pytest.importorskip("timm.optim")
+    def problem():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+        torch.nn.init.zeros_(net[2].weight)                                 # of norm 0: no scaling at first
+        return net, [dict(params=[net[0].weight, net[2].weight], weight_decay=0.02), dict(params=[net[0].bias, net[2].bias], weight_decay=0.0)]
+
+    (ours, our_groups), (theirs, their_groups) = problem(), problem()
+    mine, peer = finetune.LAMB(our_groups, lr=8e-3), optim.Lamb(their_groups, lr=8e-3, max_grad_norm=1.0)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    for scale in (1e-3, 1.0, 30.0, 1e3, 1.0, 0.0):                          # clipped and not
+        for net, optimizer in ((ours, mine), (theirs, peer)):
+            optimizer.zero_grad()
+            (scale * net(x).square().sum() + scale * net(x).sum()).backward()
+            optimizer.step()
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            assert relative(a, b) < 1e-12
+    again, groups = problem()
+    other = finetune.LAMB(groups, lr=8e-3)
+    other.load_state_dict(mine.state_dict())                                # continues with its moments and its step
+    assert other.param_groups[0]["step"] == 6 and torch.equal(other.state[again[0].weight]["mean"], mine.state[ours[0].weight]["mean"])
+
+
+def test_mixed_targets():
+    image, label = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 3, 1])
+    kinds, neighbour = set(), image.roll(1, 0)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        mixed, target = finetune.mix(image, label, dict(mixup=0.8, cutmix=1.0), 4)
+        assert target.shape == (6, 4) and torch.allclose(target.sum(1), torch.ones(6))
+        lam = [float(target[i, label[i]]) for i in (1, 2, 3)]               # whose neighbour is of another class
+        assert max(lam) - min(lam) < 1e-6                                   # one λ a batch
+        lam = lam[0]
+        for i in range(6):
+            wanted = lam * torch.nn.functional.one_hot(label[i], 4) + (1 - lam) * torch.nn.functional.one_hot(label[i - 1], 4)
+            assert torch.allclose(target[i], wanted, atol=1e-5)
+        pasted = mixed == neighbour
+        if torch.allclose(mixed, lam * image + (1 - lam) * neighbour, atol=1e-5) and not pasted.any():
+            kinds.add("mixup")
+        else:
+            assert (pasted | (mixed == image)).all() and abs(float(pasted.float().mean()) - (1 - lam)) < 1e-5
+            kinds.add("cutmix")
+    assert kinds == {"mixup", "cutmix"}
+    same, target = finetune.mix(image, label, dict(mixup=None, cutmix=None), 4)
+    assert torch.equal(same, image) and torch.equal(target, torch.nn.functional.one_hot(label, 4).float())
+
+
+def test_classification_losses():
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(5, 4, generator=g, dtype=torch.float64), torch.rand(5, 4, generator=g, dtype=torch.float64)
+    p = logits.sigmoid()
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(1).mean()            # over classes: summed; over images: averaged
+    assert relative(losses.class_loss(logits, target, "bce"), expected) < 1e-12
+    target = target / target.sum(1, keepdim=True)
+    smooth = 0.9 * target + 0.1 / 4
+    assert relative(losses.class_loss(logits, target, "ce", 0.1), -(smooth * logits.log_softmax(1)).sum(1).mean()) < 1e-12
+    top1, top5 = losses.class_sums(torch.tensor([[.1, .9, 0, 0, 0, .2], [6., 5, 4, 3, 2, 1]]), torch.tensor([1, 5]))
+    assert (int(top1), int(top5)) == (1, 1)
+    assert [int(v) for v in losses.class_sums(torch.eye(3), torch.tensor([0, 1, 0]))] == [2, 3]      # fewer than five classes
+
+
+def test_pose_and_mask_metrics():
+    pose = torch.tensor([[0.5, 0.5, 0.3, 0.1], [0.25, 0.75, 0.4, 6.2]])
+    right = losses.encode_pose(pose)
+    assert [float(v) for v in losses.pose_sums(right, pose, 64)] == pytest.approx([0, 0, 0], abs=1e-3)
+    moved = pose + torch.tensor([[3 / 64, 4 / 64, 2 / 64, math.radians(30)], [0, 0, 0, math.radians(-20)]])
+    assert [float(v) for v in losses.pose_sums(losses.encode_pose(moved), pose, 64)] == pytest.approx([5, 2, 50], rel=1e-4)
+    across = losses.pose_sums(losses.encode_pose(torch.tensor([[0.5, 0.5, 0.3, 6.2]])), pose[:1], 64)[2]
+    assert float(across) == pytest.approx(math.degrees(0.1 + 2 * math.pi - 6.2), rel=1e-3)            # the shorter way round
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :2] = True
+    found = torch.full((1, 1, 4, 4), -1.0)
+    found[0, 0, :, :1] = 1
+    sums = [float(v) for v in losses.mask_sums(found, mask)]
+    assert sums == [2, 10, 6, 14] and losses.TASKS["mask"].metrics(sums, 1)["miou"] == pytest.approx(50 * (2 / 10 + 6 / 14))
+    world = data.Shapes(32, target="pose")
+    assert torch.equal(world[3][1], world.sample(3)["pose"]) and torch.equal(data.Shapes(32, target="mask")[3][1], world.sample(3)["mask"])
+
+
+def test_layer_decay():
+    model = models.Predictor(models.build("vit_b", 32, dim=32, depth=12, heads=2, mlp_dim=64).encoder, 5)
+    scales = finetune.layer_scales(model, 0.65)
+    assert set(scales) == {n for n, _ in model.named_parameters()}
+    for name, scale in scales.items():
+        if m := re.match(r"encoder\.blocks\.(\d+)\.", name):
+            assert scale == pytest.approx(0.65 ** (12 - int(m[1])))
+        else:
+            assert scale == pytest.approx(0.65 ** 13 if name.startswith("encoder.") else 1)
+    assert {n for n, s in scales.items() if s == 1} == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    resnet = finetune.layer_scales(models.Predictor(models.build("resnet_nano", 32).encoder, 5), 0.5)
+    assert [resnet[n] for n in ("encoder.conv1.weight", "encoder.layer1.0.conv1.weight", "encoder.layer4.0.conv1.weight", "head.bias")] == [1 / 32, 1 / 16, 1 / 2, 1]
+    config = protocol_of("--arch", "vit_nano", "--weight-decay", 0.05, "--layer-decay", 0.5)
+    model = models.Predictor(models.build("vit_nano", 32).encoder, 5)
+    names, seen = {id(p): n for n, p in model.named_parameters()}, {}
+    for group in finetune.make_optimizer(model, config).param_groups:
+        seen |= {names[id(p)]: (group["weight_decay"], group["peak_lr"]) for p in group["params"]}
+    assert seen["encoder.blocks.3.mlp.fc1.weight"] == (0.05, config["lr"] / 2) and seen["fc_norm.weight"] == (0, config["lr"])
+    assert seen["encoder.pos_embed"] == (0, config["lr"] / 32) and seen["encoder.blocks.0.attn.relative_position_bias_table"][0] == 0
+    assert seen["head.weight"] == (0.05, config["lr"]) and len(seen) == len(names)
+
+
+def test_ema_by_hand():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).double()
+    ema, wanted = finetune.EMA(model, 0.9, warmup_steps=4), {n: p.detach().clone() for n, p in model.named_parameters()}
+    for step in range(7):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model(torch.randn(4, 3).double())                                   # moves the batch statistics
+        ema.update(model, step)
+        decay = 0.9 * (0.9 + 0.1 * min(1, step / 4))
+        wanted = {n: decay * wanted[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()}
+    assert all(relative(p, wanted[n]) < 1e-12 for n, p in ema.module.named_parameters())
+    assert torch.equal(ema.module[1].running_mean, model[1].running_mean)
+
+
+def test_repeated_augmentation():
+    batches = list(data.Batches(30, 12, 4, 0, 4, repeats=3))
+    epoch = [sample for batch in batches[:6] for sample in batch]           # two steps of three micro-batches
+    assert len(epoch) == 24 and len({p for _, p, _ in epoch}) == 24          # as long as without, each crop its own
+    counts = np.unique([i for _, _, i in epoch], return_counts=True)[1]
+    assert set(counts) == {3} and len(counts) == 8                          # a third of the images, three times each
+    assert all(len({i for _, _, i in batch}) == 4 for batch in batches)     # mixing never pairs an image with itself
+    assert {i for _, _, i in epoch} != {i for batch in batches[6:] for _, _, i in batch}
+    odd = [i for batch in data.Batches(30, 10, 10, 0, 3, repeats=3) for _, _, i in batch]
+    assert len(odd) == 30 and len(set(odd)) == 10                           # where a batch is no multiple of three
+    two = [list(data.Batches(30, 12, 2, 0, 2, rank=r, world=3, repeats=3)) for r in range(3)]
+    assert [s for micro in zip(*two) for batch in micro for s in batch] == epoch
+
+
+def test_augment():
+    image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = torch.random.get_rng_state()
+    out = [data.augment(image, data.generator(i), 9, 0.25) for i in range(60)]
+    assert torch.equal(torch.random.get_rng_state(), before)                # leaves the model's randomness alone
+    assert all(o.shape == image.shape and o.dtype == torch.uint8 for o in out)
+    assert all(torch.equal(o, data.augment(image, data.generator(i), 9, 0.25)) for i, o in enumerate(out[:10]))
+    assert 5 < sum(torch.equal(o, image) for o in out) < 35                 # a quarter escapes both operations, some the box too
+    share = []
+    for i in range(200):
+        changed = (data.augment(image, data.generator(i), None, 0.25) != image).any(0).float().mean()
+        share.append(float(changed))
+    erased = [s for s in share if s]
+    assert len(erased) == pytest.approx(50, abs=20) and 0.01 < min(erased) and max(erased) < 0.36
+    noise = data.normalize(data.augment(torch.full((3, 200, 200), 124, dtype=torch.uint8), data.generator(3), None, 1.0)[None])[0]
+    box = (noise - noise[:, :1, :1]).abs().sum(0) > 0
+    assert noise[:, box].std() == pytest.approx(1, abs=0.05)                # N(0, 1), but for what bytes cannot show
+    weak, strong = (np.mean([float((data.augment(image, data.generator(i), m).float() - image).abs().mean()) for i in range(80)]) for m in (1, 9))
+    assert weak < 0.8 * strong
+
+
+def test_evaluation_crop():
+    image = torch.randint(0, 256, (3, 60, 100), dtype=torch.uint8)
+    crop = data.evaluation_crop(image, 48, 40)
+    v2 = torchvision.transforms.v2
+    assert torch.equal(crop, v2.CenterCrop(40)(v2.Resize(48, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image)))
+    small = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(data.evaluation_crop(small, 32, 32), small)
+
+
+def test_knn_by_hand():
+    bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [-1, 0]]), dim=1)
+    labels, query = torch.tensor([0, 2, 1, 1]), torch.tensor([[1.0, 0]])
+    votes = finetune.knn(bank, labels, query, 3, 0.5, 4)
+    assert torch.allclose(votes, torch.tensor([[math.exp(2), math.exp(0), math.exp(1 / math.sqrt(1.01) / 0.5), 0]]))
+    assert finetune.knn(bank, labels, query, 4, 100.0, 4).argmax() == 1     # a high temperature counts heads
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano"])
+def test_predictors(arch):
+    image = torch.randn(2, 3, 32, 32)
+    encoder = models.build(arch, 32).encoder.eval()
+    z = encoder(image)
+    model = models.Predictor(encoder, 5).eval()
+    if arch == "vit_nano":                                                  # the final norm gave way to fc_norm
+        assert not torch.allclose(encoder(image), z)
+        mean = torch.nn.functional.layer_norm(encoder(image).mean((2, 3)), (96,), eps=1e-6)
+    else:
+        mean = z.mean((2, 3))
+    assert torch.allclose(model.features(image), mean, atol=1e-6) and torch.allclose(model(image), model.head(mean), atol=1e-6)
+    assert 0.007 < model.head.weight.std() < 0.013 and (model.head.bias == 0).all()
+    assert models.Predictor(models.build(arch, 32).encoder, 5, "flatten")(image).shape == (2, 5)
+    dense = models.Predictor(models.build(arch, 32).encoder, 2, "none").eval()
+    other = image.clone()
+    assert dense(image).shape == (2, 2, 32, 32)
+    if arch == "resnet_nano":                                               # what is far away in the image is so in the output
+        other[..., :4, :4] += 3
+        changed = (dense(other) - dense(image)).abs().amax((0, 1))
+        assert changed[:8, :8].mean() > changed[-8:, -8:].mean()
+
+
+# ------------------------------------------------------------------------------------------------ finetune.py: runs
+
+def tune(out, *argv):
+    """A small run in this process: its result, and its log."""
+    finetune.main(["--workers", "0", "--log-every", "1", "--out", str(out), *map(str, argv)])
+    log = Path(out) / "log.jsonl"
+    return json.loads((Path(out) / "result.json").read_text()), [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A folder of three classes that a small net tells apart: red, green and blue noise; 48 + 13 images."""
+    root, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    for split, images in (("train", 48), ("val", 13)):
+        for i in range(images):
+            path = root / split / "rgb"[i % 3] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 120, (32, 32, 3)).astype(np.uint8)
+            pixels[..., i % 3] += 130
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano"])
+def test_fine_tuning_learns(arch, labelled, tmp_path, capsys):
+    options = ["--arch", arch, "--data", labelled, "--img-size", 32, "--batch-size", 12, "--epochs", 5, "--lr", 2e-3, "--warmup-epochs", 1]
+    result, log = tune(tmp_path / "run", *options)
+    assert result["top1"] > 90 and result["n"] == 13 and result["epoch"] == 5 and result["best"]["top1"] >= result["top1"]
+    assert {"top1", "top5", "n", "epoch", "protocol", "arch", "init", "config"} <= set(result)
+    assert result["config"]["lr"] == 2e-3 and result["init"] is None and result["protocol"] == "small"
+    tests = [e for e in log if "top1" in e]
+    assert [e["epoch"] for e in tests] == [1, 2, 3, 4, 5] and tests[-1]["top1"] == result["top1"]
+    assert max(e["top1"] for e in tests) == result["best"]["top1"]
+    assert [e["step"] for e in log if "loss" in e] == list(range(1, 21))
+    again, _ = tune(tmp_path / "eval", "--init", tmp_path / "run" / "best.pt", "--data", labelled, "--img-size", 32, "--eval")
+    assert (again["top1"], again["n"]) == (result["best"]["top1"], 13) and again["arch"] == arch
+    said = capsys.readouterr()
+    assert "from scratch" in said.out and "Result: top1" in said.out and said.err == ""
+    near, _ = tune(tmp_path / "knn", "--init", tmp_path / "run" / "last.pt", "--data", labelled, "--protocol", "knn", "--k", 5)
+    assert near["top1"] > 90 and near["config"]["k"] == 5 and near["config"]["temperature"] == 0.07
+
+
+def test_resume_of_fine_tuning_is_exact(labelled, tmp_path, capsys):
+    options = ["--arch", "vit_nano", "--data", labelled, "--img-size", 32, "--batch-size", 12, "--epochs", 2, "--drop-path", 0.2, "--mixup", 0.8,
+               "--cutmix", 1.0, "--randaugment", 9, "--random-erasing", 0.25, "--ema", 0.9, "--optimizer", "lamb", "--loss", "bce"]
+    tune(tmp_path / "whole", *options)
+    tune(tmp_path / "parts", *options, "--steps", 3)
+    assert len(torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["ema"]) > 60
+    result, log = tune(tmp_path / "parts", *options)
+    assert "continuing after step 3" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
+    assert any(not torch.equal(v, a["ema"][k]) for k, v in a["model"].items())
+    with pytest.raises(SystemExit):
+        tune(tmp_path / "parts", *options, "--label-smoothing", 0.2)
+    assert "label_smoothing (0.1 there, 0.2 here)" in capsys.readouterr().err
+    evaluated, _ = tune(tmp_path / "eval", "--init", tmp_path / "parts" / "last.pt", "--data", labelled, "--eval")
+    assert evaluated["top1"] == result["top1"]                              # the average is what is evaluated
+
+
+def test_frozen_encoders_stay_as_they_are(tmp_path):
+    for arch, options in (("resnet_nano", ["--freeze"]), ("vit_nano", ["--protocol", "linear", "--batch-size", 64])):
+        model = models.build(arch, 32)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-1, 1)
+        torch.save({"model": model.state_dict(), "identity": dict(arch=arch, img_size=32)}, tmp_path / f"{arch}.pt")
+        tune(tmp_path / arch, "--init", tmp_path / f"{arch}.pt", "--labels", 128, "--epochs", 1, *options)
+        after = torch.load(tmp_path / arch / "last.pt", weights_only=True)["model"]
+        for name, value in model.state_dict().items():                      # statistics of the batch norms included
+            if name in after:
+                assert torch.equal(after[name], value), name
+        assert not torch.equal(after["head.bias"], torch.zeros(10))
+
+
+@pytest.mark.parametrize("task,metrics", [("pose", ["centre_px", "scale_px", "angle_deg"]), ("mask", ["miou"])])
+@pytest.mark.parametrize("freeze", [[], ["--freeze"]])
+def test_pose_and_mask_runs(task, metrics, freeze, tmp_path):
+    options = ["--arch", "resnet_nano", "--task", task, "--img-size", 32, "--labels", 640, "--batch-size", 32, "--epochs", 2, *freeze]
+    result, log = tune(tmp_path / "run", *options)
+    assert [k for k in result if k in (*metrics, "n", "top1")] == [*metrics, "n"] and result["n"] == 512
+    first, last = (np.mean([e["loss"] for e in part]) for part in ((log[:5]), [e for e in log if "loss" in e][-5:]))
+    assert last < first
+    if task == "pose":
+        assert result["centre_px"] < 9 and result["scale_px"] < 3           # guessing the mean: about 5 and 1.6 at best
+    else:
+        assert 30 < result["miou"] <= 100
+
+
+def test_192_to_224_to_256(labelled, tmp_path):
+    """Pre-trained at 192, fine-tuned at 224, evaluated at 256: both kinds of position table are resized on the way."""
+    train.main(["--arch", "deit_t", "--data", str(labelled), "--batch-size", "2", "--steps", "1", "--workers", "0", "--out", str(tmp_path / "pre")])
+    finetune.main(["--init", str(tmp_path / "pre" / "last.pt"), "--data", str(labelled), "--labels", "4", "--batch-size", "4", "--epochs", "1",
+                   "--protocol", "simmim", "--workers", "0", "--out", str(tmp_path / "tuned")])
+    result, _ = tune(tmp_path / "eval", "--init", tmp_path / "tuned" / "best.pt", "--data", labelled, "--protocol", "simmim", "--img-size", 256, "--eval")
+    assert result["n"] == 13 and [result["config"][k] for k in ("img_size", "test_resize", "test_crop")] == [256, 293, 256]
+    pre, tuned = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("pre/last.pt", "tuned/best.pt"))
+    table = "encoder.blocks.0.attn.relative_position_bias_table"
+    assert [v["encoder.pos_embed"].shape[1] for v in (pre, tuned)] == [1 + 12 ** 2, 1 + 14 ** 2]
+    assert [v[table].shape[0] for v in (pre, tuned)] == [23 ** 2 + 3, 27 ** 2 + 3]
+
+
+BAD_TUNING = [  # options, what the one line must say
+    ("--protocol mae", "invalid choice: 'mae'"),
+    ("--arch resnet50 --protocol simmim", "no simmim protocol of imagenet for resnet50: choose from rsb_a3, rsb_a2"),
+    ("--arch vit_b --protocol rsb_a2", "choose from simmim, linear"),
+    ("--arch vit_b --recipe imagenet100", "no simmim protocol of imagenet100 for vit_b"),
+    ("--arch deit_s --recipe imagenet100 --protocol linear", "choose from simmim"),
+    ("--protocol scratch-small --init {tmp}/vit.pt", "leave out --init"),
+    ("--eval", "--eval needs --init"),
+    ("--init {tmp}/nowhere.pt", "no checkpoint at"),
+    ("--init {tmp}/text.pt", "no PyTorch checkpoint"),
+    ("--init {tmp}/cut.pt", "is damaged"),
+    ("--init {tmp}/objects.pt", "never run"),
+    ("--init {tmp}/bare.pt", "does not say which architecture it holds"),
+    ("--init {tmp}/foreign.pt --arch resnet18", "in no known format"),
+    ("--init {tmp}/vit.pt --arch resnet_nano", "holds a vit_nano, not a resnet_nano"),
+    ("--init {tmp}/bare.pt --arch resnet_nano", "its encoder has"),
+    ("--init {tmp}/vit.pt --img-size 64", "patch size of the file"),
+    ("--init {tmp}/vit.pt --eval", "has no class head for shapes and its 10 classes"),
+    ("--init {tmp}/tuned.pt --data {data} --eval", "has no class head for"),
+    ("--data {tmp}/nowhere", "no folder"),
+    ("--data {tmp}/flat", "have no labels"),
+    ("--data {tmp}/unmatched", "the classes of {tmp}/unmatched do not match: 'dog' is in train only"),
+    ("--data {tmp}/hollow", "class folder cow in {tmp}/hollow/train has no images"),
+    ("--data {tmp}/broken", "is no readable image"),
+    ("--data {data}", "make no batch of 64"),
+    ("--data {data} --task pose", "only the built-in images know the pose"),
+    ("--task depth", "invalid choice: 'depth'"),
+    ("--task mask --protocol knn", "knn is for classes"),
+    ("--labels 5000", "--labels 5000 is more than the 4096"),
+    ("--labels 10 --protocol knn", "--k 20 is more than the 10"),
+    ("--k 0", "0 is not 1 or more"),
+    ("--temperature 0", "is not"),
+    ("--test-resize 40", "test_resize 40 is smaller than test_crop 64"),
+    ("--test-crop 96 --test-resize 96", "a ViT is tested at its own size"),
+    ("--schedule step", "needs --lr-step-epochs"),
+    ("--min-lr none", "needs --min-lr"),
+    ("--randaugment 11", "11 is not in 0..10"),
+    ("--ema 1.5", "1.5 is not in 0..1"),
+    ("--lr nan", "nan is not 0 or more"),
+    ("--optimizer adam", "invalid choice: 'adam'"),
+    ("--img-size 65", "not a multiple of 8"),
+    ("--batch-size 10 --micro-batch 4", "not divisible by"),
+    ("--out {tmp}/other", "epochs (3 there, 20 here)"),
+    ("--out {tmp}/strange", "holds a result.json but no last.pt"),
+    ("--protocol knn --out {tmp}/strange", "holds the result of something else"),
+    ("--out {tmp}/text.pt", "text.pt"),
+]
+
+
+def test_bad_input_of_finetune_is_one_line(labelled, tmp_path, capsys):
+    vit = models.build("vit_nano", 32).state_dict()
+    torch.save({"model": vit, "identity": dict(arch="vit_nano", img_size=32)}, tmp_path / "vit.pt")
+    torch.save({"model": vit}, tmp_path / "bare.pt")
+    torch.save({"model": vit, "args": train.argparse.Namespace(lr=1)}, tmp_path / "objects.pt")
+    torch.save({"conv.weight": torch.ones(1)}, tmp_path / "foreign.pt")
+    tuned = models.Predictor(models.build("vit_nano", 32).encoder, 3).state_dict()
+    torch.save({"model": tuned, "classes": ["a", "b", "c"], "identity": dict(arch="vit_nano", img_size=32)}, tmp_path / "tuned.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "vit.pt").read_bytes()[:-1000])
+    write_images(tmp_path / "flat", [f"{i}.png" for i in range(9)])
+    write_images(tmp_path / "unmatched", ["train/cat/1.png", "train/dog/2.png", "val/cat/3.png"])
+    write_images(tmp_path / "hollow", ["train/cat/1.png", "val/cat/3.png"])
+    (tmp_path / "hollow" / "train" / "cow").mkdir()
+    for i in range(200):
+        path = tmp_path / "broken" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("hello")
+    for name in ("other", "strange"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "strange" / "result.json").write_text("{}")
+    identity = protocol_of() | dict(task="class", eval=False, init=None, freeze=False, labels=None, seed=0, epochs=3)
+    torch.save(dict(identity=identity, step=3, model={}, optimizer={}, scaler={}), tmp_path / "other" / "last.pt")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for options, says in BAD_TUNING:
+        argv = shlex.split(options.format(tmp=tmp_path, data=labelled)) + ["--workers", "0"]
+        with pytest.raises(SystemExit) as error:
+            finetune.main(argv if "--out" in argv or "broken" in options else argv + ["--out", str(tmp_path / "out")])
+        said = capsys.readouterr()
+        assert error.value.code == 2 and says.format(tmp=tmp_path) in said.err and len(said.err.splitlines()) == 1, (options, said.err)
+        assert said.err.startswith("finetune.py: ")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before and not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
-def torchrun(processes, out, *argv):
-    done = process(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py", "--out", out, *argv])
+def torchrun(processes, out, *argv, script="train.py"):
+    done = process(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, "--out", out, *argv])
     assert done.returncode == 0, done.stderr
+    if "--eval" in argv or "knn" in argv:
+        return json.loads((Path(out) / "result.json").read_text())
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
@@ -953,6 +1670,35 @@ def test_two_processes_are_one(tmp_path):
                                   ("alone", 1, ["--micro-batch", "8", "--workers", "2"])):
         other = torchrun(processes, tmp_path / name, *options, *more)
         assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, other, strict=True)) < 1e-5, name
+
+
+@pytest.mark.parametrize("protocol", [["--eval"], ["--protocol", "knn", "--k", "7"]])
+def test_evaluation_counts_each_image_once(protocol, tmp_path):
+    """The same correct answers on 1 and 2 processes, with any batch size, of 37 images."""
+    rng = np.random.default_rng(0)
+    for i in range(37 + 23):
+        path = tmp_path / "images" / ("val" if i < 37 else "train") / "abcde"[i % 5] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(path)
+    model = random_weights(models.Predictor(models.build("resnet_nano", 32).encoder, 5))
+    torch.save({"model": model.state_dict(), "identity": dict(arch="resnet_nano", img_size=32)}, tmp_path / "best.pt")
+    options = ["--init", tmp_path / "best.pt", "--data", tmp_path / "images", *protocol]
+    one, _ = tune(tmp_path / "one", *options, "--batch-size", 4)
+    others = [tune(tmp_path / f"batch{b}", *options, "--batch-size", b)[0] for b in (1, 37, 64)]
+    others.append(torchrun(2, tmp_path / "two", *map(str, options), "--batch-size", "8", "--workers", "1", script="finetune.py"))
+    for other in others:
+        assert (other["top1"], other["top5"], other["n"]) == (one["top1"], one["top5"], 37)
+    assert 0 < one["top1"] < 100 and one["top1"] * 37 / 100 == pytest.approx(round(one["top1"] * 37 / 100))
+
+
+def test_fine_tuning_on_two_processes(labelled, tmp_path):
+    """The same curve as on one, where nothing depends on the process (no drop path, no mixing, no batch norm)."""
+    options = ["--arch", "vit_nano", "--data", labelled, "--img-size", "32", "--batch-size", "12", "--epochs", "2", "--log-every", "1"]
+    _, one = tune(tmp_path / "one", *options)
+    two = torchrun(2, tmp_path / "two", *map(str, options), "--workers", "1", script="finetune.py")
+    assert len(one) == len(two) == 10
+    for a, b in zip(one, two):
+        assert a.get("top1") == b.get("top1") and a.get("loss", 1) == pytest.approx(b.get("loss", 1), rel=1e-5)
 
 
 def test_processes_fail_together(tmp_path):

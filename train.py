@@ -436,6 +436,19 @@ def restore(model, optimizer, scaler, state):
         raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
 
 
+def announce(config, run, world, accumulate):
+    """Say how the batch is made up, and where a run goes on; from the same step on all processes."""
+    if len(set(gather(run.start))) > 1:
+        fail(f"{run.out} is not one folder for all processes: --out must lie on a disk that all machines share")
+    steps_per_epoch = run.batches.steps_per_epoch
+    say(f"batch {config['batch_size']} = {world} process(es) × {run.micro_batch} images × {accumulate} accumulated; "
+        f"{steps_per_epoch} steps an epoch, {run.total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
+    if run.state:
+        say(f"{run.out}: continuing after step {run.start}" if run.start < run.stop else
+            f"{run.out}: already at step {run.start} of {run.total}; "
+            + ("--overwrite starts anew, --out elsewhere" if run.start >= run.total else "a larger --steps goes on"))
+
+
 def train(args, config, world, device):
     if config["data"] in data.SOURCES:                                      # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
@@ -443,22 +456,15 @@ def train(args, config, world, device):
     model, criterion, start, stop, total, out = run.model, run.criterion, run.start, run.stop, run.total, run.out
     accumulate, steps_per_epoch = config["batch_size"] // (run.micro_batch * world), run.batches.steps_per_epoch
 
-    if len(set(gather(start))) > 1:
-        fail(f"{out} is not one folder for all processes: --out must lie on a disk that all machines share")
-
     # ---- what this run is
     say(f"{config['method']}: {config['arch']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {device} × "
         f"{world}, {config['data']}: {run.images:,} images at {config['img_size']} px"
         + ("" if "data" in args else " (no --data given: the built-in images)"))
-    say(f"batch {config['batch_size']} = {world} process(es) × {run.micro_batch} images × {accumulate} accumulated; "
-        f"{steps_per_epoch} steps an epoch, {total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
+    announce(config, run, world, accumulate)
     if config["frequency_loss"] == "focal" and run.micro_batch != (usual := RECIPES[config["arch"]]["micro_batch"]):
         say(f"note: spectra are averaged over {run.micro_batch} images, the recipe's micro-batch is {usual}; fewer give a larger loss")
     if config["schedule"] == "step" and config["lr_step_epoch"] >= config["epochs"]:
         say(f"note: the learning rate would step at epoch {config['lr_step_epoch']}, after the end: see --lr-step-epoch")
-    if run.state:
-        say(f"{out}: continuing after step {start}" if start < stop else f"{out}: already at step {start} of {total}; "
-            + ("--overwrite starts anew, --out elsewhere" if start >= total else "a larger --steps goes on"))
     if start >= stop:
         return
 

@@ -116,7 +116,7 @@ def resize_positions(name, value, like):
     """A table of positions for another number of patches a side, or None if that is not all that differs.
 
     Absolute positions (1, 1 + n·n, D) and relative-bias tables ((2n − 1)² + 3, heads) are maps, interpolated
-    bicubically (antialiased, corners not aligned: a place keeps its share of the image); what belongs to the class
+    bicubically (antialiased, corners not aligned, as timm does: a place keeps its share of the image); what belongs to the class
     token, at one end or the other, is kept.
     """
     if name.endswith("pos_embed") and value.ndim == like.ndim == 3:
