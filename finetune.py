@@ -50,7 +50,7 @@ RSB_A3 = RSB | dict(img_size=160)
 RSB_A2 = RSB | dict(epochs=300, lr=5e-3, randaugment=7, repeated_augmentation=3, drop_path=0.05)
 LINEAR = BASE | dict(optimizer="sgd", weight_decay=0.0, warmup_epochs=0, loss="ce", crop_scale=(0.08, 1.0))
 DEIT = SIMMIM | dict(epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None, repeated_augmentation=3)
-SMALL = BASE | dict(epochs=20, batch_size=64, optimizer="adamw", lr=1e-3, min_lr=1e-6, schedule="cosine", warmup_epochs=2,
+SMALL = BASE | dict(epochs=20, batch_size=64, optimizer="adamw", lr=2e-3, min_lr=1e-6, schedule="cosine", warmup_epochs=2,
                     weight_decay=0.05, layer_decay=0.8, clip=5.0, loss="ce", label_smoothing=0.1, crop_scale=(0.5, 1.0))
 
 PROTOCOLS = {  # (for a ViT, for a ResNet); None where there is none
@@ -304,7 +304,7 @@ def features(model, loader, images, device, autocast, world):
         with autocast():
             found.append(F.normalize(model.features(data.normalize(image.to(device))).float(), dim=1))
         labels.append(label.to(device))
-    all_features = torch.zeros(images, model.head.in_features, device=device)
+    all_features = torch.zeros(images, model.encoder.widths[-1], device=device)
     all_labels = torch.zeros(images, dtype=torch.int64, device=device)
     if found:
         all_features[RANK::world], all_labels[RANK::world] = torch.cat(found), torch.cat(labels)
@@ -347,7 +347,7 @@ def build(args, config, classes, checkpoint):
     if args.init:
         loaded = weights.load(model, checkpoint, args.init)
         known = checkpoint.get("classes") if isinstance(checkpoint, dict) else None
-        if args.eval and ("head.weight" not in loaded["loaded"] or known and known != classes):
+        if args.eval and (any(name.startswith("head.") for name in loaded["missing"]) or known and known != classes):
             there = f"one of {len(known)} ({', '.join(known[:3])} …)" if known else "another, or none"
             raise ValueError(f"{args.init} has no {args.task} head for {config['data']}"
                              + (f" and its {len(classes)} classes ({', '.join(classes[:3])} …), but {there}" if classes else ""))

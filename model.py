@@ -93,12 +93,12 @@ def decoder(channels, stride):
 
 
 class Predictor(nn.Module):
-    """An encoder with a linear head, for fine-tuning and probes.
+    """An encoder with a head, for fine-tuning and probes.
 
-    pool: "mean" over all positions, for classes: (B, 3, H, W) -> (B, outputs); "flatten", for what depends on places:
-    the same from all positions, each with weights of its own; "none", for dense tasks: -> (B, outputs, H, W).
-    A ViT's final norm gives way to `fc_norm`, a LayerNorm after the mean; the class token is not used (as in BEiT and
-    SimMIM). The head starts at N(0, 0.01).
+    pool: "mean" over all positions, then a linear head, for classes: (B, 3, H, W) -> (B, outputs); "none": a linear head
+    at each position, for dense tasks: -> (B, outputs, H, W); "flatten": a small MLP on all positions side by side, for
+    what depends on places: -> (B, outputs). A ViT's final norm gives way to `fc_norm`, a LayerNorm after the mean; the
+    class token is not used (as in BEiT and SimMIM). The head's last layer starts at N(0, 0.01).
     """
 
     def __init__(self, encoder, outputs, pool="mean"):
@@ -107,11 +107,12 @@ class Predictor(nn.Module):
         self.fc_norm = nn.Identity()
         if isinstance(encoder, ViT):
             encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.widths[-1], eps=1e-6)
-        positions = (encoder.img_size // encoder.stride) ** 2 if pool == "flatten" else 1
-        pixels = encoder.stride ** 2 if pool == "none" else 1
-        self.head = nn.Linear(encoder.widths[-1] * positions, outputs * pixels)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        C, positions = encoder.widths[-1], (encoder.img_size // encoder.stride) ** 2
+        self.head = last = nn.Linear(128 if pool == "flatten" else C, outputs * (encoder.stride ** 2 if pool == "none" else 1))
+        if pool == "flatten":
+            self.head = nn.Sequential(nn.Linear(C, 16), nn.GELU(), nn.Flatten(1), nn.Linear(16 * positions, 128), nn.GELU(), last)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.bias)
 
     def features(self, image):
         """(B, 3, H, W) -> (B, C) with pool "mean", else (B, H/stride, W/stride, C)."""
@@ -120,9 +121,10 @@ class Predictor(nn.Module):
 
     def forward(self, image):
         z = self.features(image)
-        if self.pool == "none":
-            return F.pixel_shuffle(self.head(z).movedim(-1, 1), self.encoder.stride)
-        return self.head(z.flatten(1))
+        if self.pool == "flatten":
+            z = z.flatten(1, 2)                                             # (B, n·n, C)
+        z = self.head(z)
+        return F.pixel_shuffle(z.movedim(-1, 1), self.encoder.stride) if self.pool == "none" else z
 
 
 class Encoder(nn.Module):
