@@ -140,7 +140,9 @@ def resolve(args, checkpoint=None):
         row = row | FOR_ARCH.get(protocol, {}).get(arch, {})
     if nano or protocol in ("knn", "small", "scratch-small"):               # no size of their own: the encoder's
         size = known.get("img_size") or train.RECIPES[arch]["img_size"]
-        row = row | dict(img_size=size, test_resize=size, test_crop=size)
+        row = row | dict(img_size=size, test_crop=size, test_resize=round(size * 256 / 224) if protocol == "knn" and not nano else size)
+    if args.eval:                                                           # as it was tested while it was trained
+        row = row | {key: known[key] for key in ("img_size", "test_resize", "test_crop") if "protocol" in known}
     config = dict(arch=arch, protocol=protocol, data="shapes") | row | {name: given[name] for name in CONFIG if name in given}
     if "lr" not in given and row["lr"]:
         config["lr"] = row["lr"] * config["batch_size"] / row["batch_size"]

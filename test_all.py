@@ -1219,7 +1219,7 @@ AS_PUBLISHED = {
     ("resnet152", "rsb_a2"): A2 | dict(drop_path=0.15), ("resnet200", "rsb_a2"): A2 | dict(drop_path=0.2),
     **{(arch, "linear"): LINEAR_VIT for arch in ("vit_s", "vit_b", "vit_l", "deit_s")},
     **{(arch, "linear"): LINEAR_RESNET for arch in ("resnet50", "resnet101", "resnet152", "resnet200")},
-    ("vit_b", "knn"): NONE | dict(img_size=224, test_resize=224, test_crop=224, batch_size=256),
+    ("vit_b", "knn"): NONE | dict(img_size=224, test_resize=256, test_crop=224, batch_size=256),
 }
 AS_PUBLISHED100 = {("deit_s", "simmim"): TUNED | dict(lr=8e-3, warmup_epochs=5),
                    ("resnet50", "simmim"): TUNED | dict(batch_size=2048, lr=5e-3, layer_decay=None, clip=None, drop_path=None)}
@@ -1498,7 +1498,7 @@ def test_fine_tuning_learns(arch, labelled, tmp_path, capsys):
     assert [e["epoch"] for e in tests] == [1, 2, 3, 4, 5] and tests[-1]["top1"] == result["top1"]
     assert max(e["top1"] for e in tests) == result["best"]["top1"]
     assert [e["step"] for e in log if "loss" in e] == list(range(1, 21))
-    again, _ = tune(tmp_path / "eval", "--init", tmp_path / "run" / "best.pt", "--data", labelled, "--img-size", 32, "--eval")
+    again, _ = tune(tmp_path / "eval", "--init", tmp_path / "run" / "best.pt", "--data", labelled, "--eval")
     assert (again["top1"], again["n"]) == (result["best"]["top1"], 13) and again["arch"] == arch
     said = capsys.readouterr()
     assert "from scratch" in said.out and "Result: top1" in said.out and said.err == ""
@@ -1716,15 +1716,15 @@ def test_published_command_with_a_small_batch(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ README.md
 
-def readme_commands():
+def readme_commands(script):
     text = (HERE / "README.md").read_text().replace("\\\n", " ")
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
-    return [c.split("train.py", 1)[1].split("#")[0].strip() for b in blocks for c in re.split(r"\n|&&", b)
-            if re.match(r"\s*(python|torchrun) .*train\.py", c)]
+    return [c.split(script, 1)[1].split("#")[0].strip() for b in blocks for c in re.split(r"\n|&&", b)
+            if re.match(r"\s*(python|torchrun) .*\b" + re.escape(script), c)]
 
 
 def test_readme_commands_are_valid_and_published():
-    commands = readme_commands()
+    commands = readme_commands("train.py")
     assert len(commands) >= 8
     for command in commands:
         argv = shlex.split(command)
@@ -1738,3 +1738,47 @@ def test_readme_commands_are_valid_and_published():
             if config["method"] == "simmim":
                 expected |= SIMMIM_ROW | dict(lr=8e-4 if "resnet" in arch else 4e-4)
             assert config == expected, command
+
+
+def test_readme_finetune_commands_are_protocols(monkeypatch):
+    """Every command parses; --init is a run that an earlier command makes; those of the table are as published."""
+    text = (HERE / "README.md").read_text()
+    prefix = re.search(r"command, `torchrun .* finetune\.py (.*)` and", text)[1]
+    table = [cell for row in re.findall(r"^\|.*\|$", text, re.M) for cell in re.findall(r"\| `(--(?:init|arch) [^`]*)` \|", row)]
+    assert len(readme_commands("finetune.py")) >= 6 and len(table) == 12
+    rows = AS_PUBLISHED | {(a, "scratch-rsb_a2"): r for (a, p), r in AS_PUBLISHED.items() if p == "rsb_a2"}
+
+    def as_if_trained(path):                                                # what last.pt of such a run says of itself
+        arch = re.match(r"runs/((?:vit|deit)_[a-z]+|resnet\w+)-", path)[1]
+        nano = re.search(r"-(shapes|cifar10)\b", path) and train.RECIPES[arch]["img_size"]
+        return {"identity": dict(arch=arch, img_size=nano or 224)}
+
+    monkeypatch.setattr(weights, "read", as_if_trained)
+    for command in [*readme_commands("finetune.py"), *(f"{prefix} {more}" for more in table)]:
+        config = protocol_of(*shlex.split(command))
+        if "imagenet" in config["data"]:
+            published = (AS_PUBLISHED100 if "imagenet100" in config["data"] else rows)[config["arch"], config["protocol"]]
+            assert published.items() <= config.items(), command
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """The Python blocks, as printed, where the files they read exist."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": models.build("vit_b").state_dict()}, "checkpoint.pth")
+    torch.save(weights.export({"model": models.build("resnet50").state_dict()}, "torchvision")[0], "resnet50.pth")
+    for block in blocks:
+        names = {}
+        with torch.no_grad():
+            exec(block, names)
+        assert "reconstruction" not in names or names["feature"].shape == (2, 768, 14, 14)
+
+
+@pytest.mark.parametrize("main,words", [(train.main, ["--micro-batch", "recipe"]), (finetune.main, ["--protocol", "--freeze", "--k", "LAMB"]),
+                                        (weights.main, ["show", "export"])])
+def test_help_teaches(main, words, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and all(word in text for word in words) and len(text.splitlines()) > 10

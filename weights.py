@@ -193,7 +193,7 @@ def summary(names, most=6):
 # ------------------------------------------------------------------------------------------------ out
 
 def export(source, to):
-    """(state_dict in the names of "timm" or "torchvision", the call that builds the model for it). Raises ValueError.
+    """(state_dict in the names of "timm" or "torchvision", the call that builds a model for it). Raises ValueError.
 
     A ViT with relative bias becomes timm's Beit, without one its VisionTransformer; a ResNet keeps torchvision's names,
     which timm shares. Pre-trained: the final norm and no classifier; fine-tuned: mean pooling with fc_norm, classifier.
@@ -285,7 +285,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"weights.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out}: {len(state)} tensors. To load them:\n  model = {call}\n"
+    print(f"{args.out}: {len(state)} tensors, encoder{' and classifier' if any(n.startswith(('head.', 'fc.')) for n in state) else ''}. To load them:\n  model = {call}\n"
           f"  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
 
 
