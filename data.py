@@ -133,14 +133,16 @@ def augment(image, generator, randaugment=None, erasing=None):
     randaugment: magnitude m in 0..10; two operations (arXiv 1909.13719), each done half the time, at m + N(0, 0.5).
     erasing: how often a box is filled with N(0, 1) in normalised space (arXiv 1708.04896).
     """
-    with torch.random.fork_rng(devices=[]):                                 # these transforms take no generator
-        torch.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
-        for _ in range(2 if randaugment is not None else 0):
-            magnitude = (randaugment + 0.5 * torch.randn(())).clamp(0, 10)
-            if torch.rand(()) < 0.5:                                        # 31 levels, of 0..10
-                image = v2.RandAugment(1, round(3 * float(magnitude)), 31, BILINEAR, FILL)(image)
-        if erasing and torch.rand(()) < erasing:
-            image = denormalize(v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")(normalize(image[None])[0])[None])[0]
+    shared = torch.default_generator                                        # these transforms take no other
+    before = shared.get_state()
+    shared.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+    for _ in range(2 if randaugment is not None else 0):
+        magnitude = (randaugment + 0.5 * torch.randn(())).clamp(0, 10)
+        if torch.rand(()) < 0.5:                                            # 31 levels, of 0..10
+            image = v2.RandAugment(1, round(3 * float(magnitude)), 31, BILINEAR, FILL)(image)
+    if erasing and torch.rand(()) < erasing:
+        image = denormalize(v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")(normalize(image[None])[0])[None])[0]
+    shared.set_state(before)
     return image
 
 
@@ -184,9 +186,9 @@ class Folder:
     """The images in a folder: of class folders, with or without train/ and val/ above them, or flat.
 
     The class of an image is the first folder below the root (−1 where there is none); `empty` are folders there without
-    an image. Where there is no val/ (or valid/, test/), a hundredth of the images, at least 8 if there are 32, is held
-    out, evenly spaced by name.
-    Raises ValueError if there is no such folder, or no image in it.
+    an image. Where there are not both train/ and val/ (or valid/, test/), a hundredth of the images, at least 8 if there
+    are 32, is held out, evenly spaced by name. split: "train"; "val"; or "test", the same as val, but all images of a
+    folder without train/. Raises ValueError if there is no such folder, or no image in it.
     """
 
     def __init__(self, root, split):
@@ -194,8 +196,13 @@ class Folder:
             raise ValueError(f"no folder {root}: --data takes {', '.join(SOURCES)} or a folder of images")
         parts = {name: os.path.join(root, name) for name in ("train", "val", "valid", "test")}
         parts = {name: path for name, path in parts.items() if os.path.isdir(path)}
-        own = next((parts[n] for n in ("val", "valid", "test") if n in parts), None) if "train" in parts else None
-        self.root = own if own and split == "val" else parts.get("train", root)
+        test = next((parts[name] for name in ("val", "valid", "test") if name in parts), None)
+        if "train" in parts and test:
+            self.root, hold_out = parts["train"] if split == "train" else test, False
+        elif "train" not in parts and split == "test":
+            self.root, hold_out = test or root, False
+        else:
+            self.root, hold_out = parts.get("train", root), True
         found = sorted(os.path.join(folder, name).removeprefix(os.path.join(self.root, ""))
                        for folder, _, names in os.walk(self.root, followlinks=True)
                        for name in names if name.lower().endswith(EXTENSIONS))
@@ -203,9 +210,9 @@ class Folder:
             raise ValueError(f"no images ({' '.join(EXTENSIONS)}) in {self.root}")
         self.classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})
         self.empty = sorted({entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != "."} - set(self.classes))
-        if own is None:
+        if hold_out:
             held = set(range(0, len(found), len(found) // max(len(found) // 100, min(8, len(found) // 4), 1)))
-            found = [path for i, path in enumerate(found) if (i in held) == (split == "val")]
+            found = [path for i, path in enumerate(found) if (i in held) == (split != "train")]
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number.get(path.split(os.sep)[0], -1) for path in found])
         # one array of bytes, not a list of strings: forked workers then share it instead of copying it
@@ -291,7 +298,7 @@ class Shapes:
     classes = list(KINDS)
 
     def __init__(self, size, split="train", count=None, seed=0, target="label"):
-        self.size, self.count, self.seed = size, count or (4096 if split == "train" else 512), (seed, split == "val")
+        self.size, self.count, self.seed = size, count or (4096 if split == "train" else 512), (seed, split != "train")
         self.labels, self.target = np.arange(self.count) % len(KINDS), target
         self.textures = pink_noise(16, 2 * size, np.random.default_rng((*self.seed, 1)))
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
@@ -350,7 +357,7 @@ class Shapes:
 
 # ------------------------------------------------------------------------------------------------ what --data takes
 
-SOURCES = {  # name -> source of a split ("train" or "val") for a model that takes images of `size` px
+SOURCES = {  # name -> source of a split ("train", or "val" or "test") for a model that takes images of `size` px
     "shapes": lambda split, size: Shapes(size, split),
     "cifar10": lambda split, size: Download(torchvision.datasets.CIFAR10, train=split == "train"),
     "cifar100": lambda split, size: Download(torchvision.datasets.CIFAR100, train=split == "train"),

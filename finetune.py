@@ -39,6 +39,8 @@ from train import RANK, count, number, optional, positive, say, share, together
 KEYS = """arch protocol data img_size test_resize test_crop epochs batch_size optimizer lr min_lr schedule lr_step_epochs
 warmup_epochs weight_decay layer_decay clip drop_path loss label_smoothing mixup cutmix randaugment random_erasing
 repeated_augmentation ema crop_scale""".split()
+SIZES = {"img_size", "test_resize", "test_crop"}
+UNCUT = "test_resize test_crop loss label_smoothing mixup cutmix randaugment random_erasing crop_scale".split()
 BASE = dict.fromkeys(KEYS[3:]) | dict(img_size=224, test_resize=256, test_crop=224, batch_size=256)
 TUNE = BASE | dict(epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine", warmup_epochs=20,
                    weight_decay=0.05, loss="ce", label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, random_erasing=0.25,
@@ -76,8 +78,10 @@ FOR_ARCH = {  # what an architecture changes
 
 CHANGED = {  # options beside those of train.CONFIG: (type, help, choices)
     "arch": (str, "architecture; absent: the checkpoint's, if it is ours", train.RECIPES),
-    "protocol": (str, "which published recipe (simmim for a ViT, rsb_a3 for a ResNet, small for the nano presets); knn trains "
-                      "nothing, linear only a linear classifier, scratch-… takes no --init", PROTOCOLS),
+    "protocol": (str, "simmim, rsb_a3, rsb_a2, linear: as published (default: simmim for a ViT, rsb_a3 for a ResNet); small: ours, "
+                      "for small images (the default of the nano presets); knn trains nothing; scratch-…: without --init", PROTOCOLS),
+    "data": (str, "a folder of class folders, or of train/ and val/ with class folders; or one of "
+                  f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
     "test_resize": (count, "short side of test images, pixels; absent: in proportion to img_size", None),
     "test_crop": (count, "side of their central crop, pixels; absent: in proportion to img_size", None),
     "optimizer": (str, "of the training", ("adamw", "lamb", "sgd")),
@@ -103,11 +107,12 @@ def parse(argv):
     parser = train.make_parser("finetune.py", "[--init CHECKPOINT] [--protocol PROTOCOL] [--data DATA] [option ...]", __doc__,
                                CONFIG, "protocol", " (at most 256; 128 for vit_b and vit_l)")
     option = parser.add_argument_group("what to find out").add_argument
-    option("--init", metavar="CHECKPOINT", help="encoder to start from; absent: random weights")
-    option("--task", choices=losses.TASKS, default="class", help="class; or of the built-in images, the pose (centre, size, angle) or the "
-           "object's mask (class)")
-    option("--freeze", action="store_true", help="train the head only (linear does anyway)")
-    option("--eval", action="store_true", help="evaluate --init, head included, and train nothing")
+    option("--init", metavar="CHECKPOINT", help="encoder to start from, its classifier left aside; absent: random weights")
+    option("--task", choices=losses.TASKS, help="class (the default); or of the built-in images, the pose (centre, size, angle) or the "
+           "object's mask")
+    option("--freeze", action="store_true", help="train the head only, as linear does")
+    option("--eval", action="store_true", help="evaluate --init, head included, on the test images (of a folder without train/: "
+           "on all), and train nothing")
     option("--labels", type=count, help="train on this many images, drawn by --seed (all)")
     option("--eval-every", type=count, default=1, help="epochs between two evaluations (1)")
     option("--k", type=count, default=20, help="knn: neighbours (20)")
@@ -115,26 +120,36 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def run_of(checkpoint):
+    """What a checkpoint of ours says of its run; of another's, nothing."""
+    run = checkpoint.get("identity") if checkpoint else None
+    kinds = dict(arch=str, protocol=str, task=str, img_size=int, test_resize=int, test_crop=int)
+    run = {k: v for k, v in run.items() if isinstance(v, kinds.get(k, ()))} if isinstance(run, dict) else {}
+    return run if run.get("arch") in train.RECIPES else {}
+
+
 def resolve(args, checkpoint=None):
     """The configuration: row of --protocol for --arch, then what was given. Raises ValueError, in one line.
 
     checkpoint: what the file --init holds; ours say which architecture and image size it is.
     """
-    given, known = vars(args), checkpoint.get("identity") if isinstance(checkpoint, dict) else None
-    known = known if isinstance(known, dict) else {}
-    if args.init and "arch" not in given and known.get("arch") not in train.RECIPES:
+    given, known = vars(args), run_of(checkpoint)
+    if args.init is not None and "arch" not in given and "arch" not in known:
         raise ValueError(f"{args.init} does not say which architecture it holds: give --arch, one of {', '.join(train.RECIPES)}")
     arch = given.get("arch") or known.get("arch", "vit_nano")
     if known.get("arch", arch) != arch:
         raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
     resnet, nano = "resnet" in arch, "nano" in arch
-    protocol = given.get("protocol") or ("simmim" if args.recipe == "imagenet100" else "small" if nano else "rsb_a3" if resnet else "simmim")
+    if args.task is None:
+        args.task = known["task"] if args.eval and known.get("task") in losses.TASKS else "class"
+    protocol = given.get("protocol") or (known["protocol"] if args.eval and known.get("protocol") in PROTOCOLS else "small" if nano
+                                         else "rsb_a3" if resnet and args.recipe == "imagenet" else "simmim")
     table = PROTOCOLS if args.recipe == "imagenet" else IMAGENET100 if arch in train.IMAGENET100 else {}
     row = table.get(protocol, (None, None))[resnet]
     if row is None:
         some = [name for name, rows in table.items() if rows[resnet]]
         raise ValueError(f"there is no {protocol} protocol of {args.recipe} for {arch}" + (f": choose from {', '.join(some)}" if some else ""))
-    if args.init and protocol.startswith("scratch-"):
+    if args.init is not None and protocol.startswith("scratch-") and not args.eval:
         raise ValueError(f"{protocol} starts from random weights: leave out --init, or choose another --protocol")
     if args.recipe == "imagenet":
         row = row | FOR_ARCH.get(protocol, {}).get(arch, {})
@@ -142,7 +157,13 @@ def resolve(args, checkpoint=None):
         size = known.get("img_size") or train.RECIPES[arch]["img_size"]
         row = row | dict(img_size=size, test_crop=size, test_resize=round(size * 256 / 224) if protocol == "knn" and not nano else size)
     if args.eval:                                                           # as it was tested while it was trained
-        row = row | {key: known[key] for key in ("img_size", "test_resize", "test_crop") if "protocol" in known}
+        row = row | {key: known[key] for key in SIZES if SIZES <= known.keys()}
+    whole, still = args.task != "class", args.eval or protocol == "knn"     # pose and mask: whole images, as they are
+    without = [*KEYS[6:7], *KEYS[8:]] if still else UNCUT if whole else []  # what has no effect: all but the batch size; or
+    if odd := [name for name in without if name in given]:
+        raise ValueError(f"--{odd[0].replace('_', '-')} has no effect " + ("where nothing is trained" if still else f"on the {args.task}")
+                         + ": leave it out")
+    row = row | {name: None for name in without if name not in SIZES}
     config = dict(arch=arch, protocol=protocol, data="shapes") | row | {name: given[name] for name in CONFIG if name in given}
     if "lr" not in given and row["lr"]:
         config["lr"] = row["lr"] * config["batch_size"] / row["batch_size"]
@@ -150,16 +171,17 @@ def resolve(args, checkpoint=None):
         config["test_crop"] = round(row["test_crop"] * config["img_size"] / row["img_size"])
     if "test_resize" not in given:
         config["test_resize"] = max(config["test_crop"], round(row["test_resize"] * config["test_crop"] / row["test_crop"]))
-    if args.task != "class":                                                # whole images, as they are
-        config |= dict.fromkeys(("loss", "label_smoothing", "mixup", "cutmix", "randaugment", "random_erasing", "crop_scale"))
+    if whole:
         config |= dict(test_resize=config["img_size"], test_crop=config["img_size"])
     for name in ("crop_scale", "lr_step_epochs"):
         config[name] = config[name] and list(config[name])                  # as JSON has it
     c = SimpleNamespace(**config)
     for wrong, message in (
-            (args.eval and not args.init, "--eval needs --init, a fine-tuned checkpoint"),
-            (args.task != "class" and c.data != "shapes", f"only the built-in images know the {args.task}: leave out --data"),
-            (args.task != "class" and protocol in ("knn", "linear"), f"{protocol} is for classes, not for the {args.task}: "
+            (args.eval and args.init is None, "--eval needs --init, a fine-tuned checkpoint"),
+            (args.eval and protocol == "knn", "--eval evaluates a head and knn has none: take one of them"),
+            (c.crop_scale and not 0 < c.crop_scale[1] >= c.crop_scale[0], "--crop-scale: the smaller share first, above 0"),
+            (whole and c.data != "shapes", f"only the built-in images know the {args.task}: leave out --data"),
+            (whole and protocol in ("knn", "linear"), f"{protocol} is for classes, not for the {args.task}: "
              "choose another --protocol, and --freeze for a probe"),
             (c.test_resize < c.test_crop, f"test_resize {c.test_resize} is smaller than test_crop {c.test_crop}"),
             (c.schedule == "step" and not c.lr_step_epochs, "the step schedule needs --lr-step-epochs"),
@@ -285,15 +307,17 @@ def evaluate(model, loader, task, device, autocast):
     if dist.is_initialized():                                               # each process has its own batch statistics
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    total, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    total, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     for image, target in tqdm(loader, "test", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         image, target = data.normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
         with autocast():
             output = model.forward(image).float()                           # not compiled: other batch sizes
         for i, value in enumerate(task.sums(output, target, image.shape[-1])):
             total[i] += value
-        images += len(image)
-    n = int(sum_over_ranks(images))
+        images += torch.tensor([len(image), int(not output.isfinite().all())], device=device)
+    n, broken = sum_over_ranks(images).tolist()
+    if broken:
+        train.fail("the model's outputs are not finite numbers: its training has diverged (try a smaller --lr), or --init is broken")
     return task.metrics(sum_over_ranks(total).tolist(), n) | dict(n=n)
 
 
@@ -315,10 +339,10 @@ def features(model, loader, images, device, autocast, world):
 
 def knn(bank, labels, queries, k, temperature, classes):
     """(B, K) votes: each of the k most similar of the bank, by cosine, votes exp(similarity / T) for its class
-    (Wu et al., arXiv 1805.01978). All features have unit length."""
+    (Wu et al., arXiv 1805.01978), up to a common factor. All features have unit length."""
     similarity, nearest = (queries @ bank.T).topk(k)
     votes = torch.zeros(len(queries), classes, device=queries.device)
-    return votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+    return votes.scatter_add_(1, labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -334,7 +358,9 @@ def open_labelled(config, split, task):
     if getattr(source, "empty", None):
         raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it")
     if not len(labelled := (source.labels >= 0).nonzero()[0]):
-        raise ValueError(f"the images of {config['data']} have no labels: put those of each class in a folder of its own")
+        raise ValueError(f"the images of {getattr(source, 'root', config['data'])} have no labels: put those of each class in a folder of its own")
+    if len(source.classes) < 2:
+        raise ValueError(f"{getattr(source, 'root', config['data'])} has one class only, {source.classes[0]}: nothing to tell apart")
     return torch.utils.data.Subset(source, labelled), list(source.classes)
 
 
@@ -346,13 +372,15 @@ def build(args, config, classes, checkpoint):
     if isinstance(encoder, models.ViT) and config["test_crop"] != config["img_size"]:
         raise ValueError(f"a ViT is tested at its own size: --test-crop {config['test_crop']} differs from --img-size {config['img_size']}")
     model, loaded = models.Predictor(encoder, task.outputs or len(classes), task.pool), None
-    if args.init:
-        loaded = weights.load(model, checkpoint, args.init)
-        known = checkpoint.get("classes") if isinstance(checkpoint, dict) else None
-        if args.eval and (any(name.startswith("head.") for name in loaded["missing"]) or known and known != classes):
-            there = f"one of {len(known)} ({', '.join(known[:3])} …)" if known else "another, or none"
+    if args.init is not None:
+        loaded = weights.load(model, checkpoint, args.init, head=args.eval)
+        theirs = checkpoint.get("classes")
+        theirs = theirs if isinstance(theirs, list) and all(isinstance(name, str) for name in theirs) else None
+        if args.eval and (any(name.startswith("head.") for name in loaded["missing"]) or theirs and theirs != classes):
+            there = f"one of {len(theirs)} ({', '.join(theirs[:3])} …)" if theirs else "another, or none"
             raise ValueError(f"{args.init} has no {args.task} head for {config['data']}"
                              + (f" and its {len(classes)} classes ({', '.join(classes[:3])} …), but {there}" if classes else ""))
+        checkpoint.clear()                                                  # its memory is no longer needed
     if args.freeze or config["protocol"] == "linear":
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name.startswith("head.")
@@ -361,12 +389,15 @@ def build(args, config, classes, checkpoint):
 
 def prepare(args, config, world, checkpoint):
     """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
-    micro_batch = train.find_micro_batch(config["batch_size"], args.micro_batch, world,
-                                         256 if "nano" in config["arch"] else train.RECIPES[config["arch"]]["micro_batch"])
-    (source, classes), (held_out, others) = (open_labelled(config, split, args.task) for split in ("train", "val"))
-    if classes != others:
-        odd = sorted(set(classes) ^ set(others))
-        raise ValueError(f"the classes of {config['data']} do not match: {odd[0]!r} is in {'train' if odd[0] in classes else 'val'} only")
+    usual = 256 if "nano" in config["arch"] else train.RECIPES[config["arch"]]["micro_batch"]
+    training = not args.eval and config["protocol"] != "knn"
+    micro_batch = (train.find_micro_batch(config["batch_size"], args.micro_batch, world, usual) if training else
+                   args.micro_batch or min(usual, config["batch_size"]))
+    held_out, classes = open_labelled(config, "test" if args.eval else "val", args.task)
+    source, learned = (held_out, classes) if args.eval else open_labelled(config, "train", args.task)
+    if learned != classes:
+        odd = sorted(set(classes) ^ set(learned))
+        raise ValueError(f"the classes of {config['data']} do not match: {odd[0]!r} is in {'train' if odd[0] in learned else 'val'} only")
     if args.labels:
         if args.labels > len(source):
             raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
@@ -383,9 +414,10 @@ def prepare(args, config, world, checkpoint):
     out = args.out or os.path.join("runs", run_name(args, config))
     run = SimpleNamespace(model=model, loaded=loaded, source=source, held_out=held_out, classes=classes, micro_batch=micro_batch,
                           identity=identity, out=out)
-    if args.eval or config["protocol"] == "knn":
-        if not args.overwrite:
-            check_result(out, identity)
+    if args.init is not None and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(out):
+        raise ValueError(f"{out} is where --init lies: choose another --out")
+    if not training:
+        check_result(out, identity, args.overwrite)
         return run
     run.total = config["epochs"] * (len(source) // config["batch_size"])
     run.stop = run.total if args.steps is None else min(args.steps, run.total)
@@ -398,25 +430,33 @@ def prepare(args, config, world, checkpoint):
 
 def run_name(args, config):
     """Name of the folder of a run: from what, by which protocol, for which task, on which images."""
-    if args.init:
+    if args.init is not None:
         folder, name = os.path.split(os.path.abspath(args.init))
-        start = os.path.basename(folder) if name in ("last.pt", "best.pt") else os.path.splitext(name)[0]
+        start = {"last.pt": os.path.basename(folder), "best.pt": os.path.basename(folder) + "-best"}.get(name, os.path.splitext(name)[0])
     else:
-        start = config["arch"] + ("" if config["protocol"].startswith("scratch") else "-scratch")
-    return "-".join([start, "eval" if args.eval else config["protocol"], *(["frozen"] if args.freeze else []),
-                     *([args.task] if args.task != "class" else []), os.path.basename(os.path.normpath(config["data"]))])
+        start = config["arch"] + ("" if config["protocol"].startswith("scratch") else "-random")
+    parts = [start, "eval" if args.eval else config["protocol"], "frozen" * args.freeze, args.task if args.task != "class" else "",
+             os.path.basename(os.path.normpath(config["data"])), f"{args.labels}labels" if args.labels else "",
+             f"k{args.k}" if config["protocol"] == "knn" and args.k != 20 else "", f"seed{args.seed}" if args.seed else ""]
+    return "-".join(filter(None, parts))
 
 
-def check_result(out, identity):
-    """Raises ValueError if the folder holds the result of something else."""
-    try:
-        with open(os.path.join(out, "result.json")) as file:
-            if json.load(file)["config"] != identity:
-                raise ValueError
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{out} holds the result of something else: choose another --out, or --overwrite") from None
+def check_result(out, identity, overwrite):
+    """Make the folder of an evaluation. Raises ValueError if it holds a run, or the result of something else, and OSError."""
+    path = os.path.join(out, "result.json")
+    if os.path.exists(os.path.join(out, "last.pt")):
+        raise ValueError(f"{out} holds a run: choose another --out")
+    if os.path.exists(path) and not overwrite:
+        try:
+            with open(path) as file:
+                same = json.load(file)["config"] == identity
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise ValueError(f"{out} holds the result of something else: choose another --out, or --overwrite")
+    os.makedirs(out, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} cannot be written to: choose another --out")
 
 
 def finish(run, args, metrics, **more):
@@ -424,7 +464,6 @@ def finish(run, args, metrics, **more):
     result = metrics | more | dict(task=args.task, protocol=run.identity["protocol"], arch=run.identity["arch"], init=args.init,
                                    config=run.identity)
     if RANK == 0:
-        os.makedirs(run.out, exist_ok=True)
         path = os.path.join(run.out, "result.json")
         with open(path + ".tmp", "w") as file:
             json.dump(result, file, indent=2)
@@ -442,9 +481,10 @@ def work(args, config, world, device, checkpoint):
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
     run = together(lambda: prepare(args, config, world, checkpoint))
     say(f"{config['arch']}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters, on {device} × {world}; "
-        f"{config['data']}: {len(run.source):,} images to learn {args.task} from, {len(run.held_out):,} to test"
+        f"{config['data']}: " + (f"{len(run.source):,} images to learn {args.task} from, " if run.source is not run.held_out else "")
+        + f"{len(run.held_out):,} to test"
         + ("" if "data" in args else " (no --data given: the built-in images)"))
-    say(f"{args.init} is {weights.describe(run.loaded)}" if args.init else "no --init: from scratch")
+    say(f"{args.init} is {weights.describe(run.loaded)}" if run.loaded else "no --init: from scratch")
     workers, pin = train.loader_workers(args), device.type == "cuda"
 
     def test_loader(source):
@@ -458,8 +498,8 @@ def work(args, config, world, device, checkpoint):
     elif config["protocol"] == "knn":
         bank, labels = features(model, test_loader(run.source), len(run.source), device, autocast, world)
         queries, wanted = features(model, loader, len(run.held_out), device, autocast, world)
-        votes = torch.cat([knn(bank, labels, q, args.k, args.temperature, len(run.classes)) for q in queries.split(256)]).cpu()
-        finish(run, args, task.metrics([float(s) for s in task.sums(votes, wanted.cpu(), None)], len(votes)) | dict(n=len(votes)), epoch=None)
+        votes = torch.cat([knn(bank, labels, q, args.k, args.temperature, len(run.classes)) for q in queries.split(256)])
+        finish(run, args, task.metrics([float(s) for s in task.sums(votes, wanted, None)], len(votes)) | dict(n=len(votes)), epoch=None)
     else:
         tune(args, config, run, model, loader, world, device, autocast, scaler)
 
@@ -474,11 +514,9 @@ def tune(args, config, run, model, test_loader, world, device, autocast, scaler)
         return
     optimizer = make_optimizer(model, config)
     ema = EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None
-    best = run.state["best"] if run.state else None
+    best = run.state.get("best") if run.state else None
     if run.state:
-        together(lambda: train.restore(model, optimizer, scaler, run.state))
-        if ema:
-            ema.module.load_state_dict(run.state["ema"])
+        together(lambda: train.restore(model, optimizer, scaler, run.state, ema and ema.module))
         run.state = None                                                    # its memory is no longer needed
     tested = ema.module if ema else model
 
@@ -533,24 +571,27 @@ def tune(args, config, run, model, test_loader, world, device, autocast, scaler)
             metrics = evaluate(tested, test_loader, task, device, autocast)
             clock += time.time() - began                                    # no part of the training speed
             name, sign = task.best
-            better = best is None or sign * metrics[name] > sign * best[name]
+            better = done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name])
             best = metrics | dict(epoch=epoch) if better else best
             if RANK == 0:
                 train.report(log, bar, dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + line(metrics))
                 if better:
                     weights.write(os.path.join(out, "best.pt"), dict(
                         format="nanoA2MIM", identity=run.identity, classes=run.classes, step=done, metrics=metrics, model=tested.state_dict()))
+        if done == stop:                                                    # before the checkpoint that says so
+            finish(run, args, metrics, epoch=epoch, step=done, steps=total, best=best)
         if RANK == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
             weights.write(checkpoint, snapshot(done))
             saved = time.time()
     bar.close()
-    finish(run, args, metrics, epoch=epoch, best=best)
 
 
 def main(argv=None):
     args = parse(argv)
     try:
-        checkpoint = weights.read(args.init) if args.init else None
+        checkpoint = weights.read(args.init) if args.init is not None else None
+        for moments in ("optimizer", "scaler"):
+            checkpoint and checkpoint.pop(moments, None)
         config = resolve(args, checkpoint)
     except ValueError as error:
         train.fail(error)

@@ -71,7 +71,9 @@ METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
 def number(kind, low, high=math.inf):
     """The type of an option that takes a number in low..high."""
     def convert(text):
-        if not low <= (value := kind(text)) <= high or value == math.inf:
+        if (value := kind(text)) > 1e9:
+            raise argparse.ArgumentTypeError(f"{text[:20]} is too large")
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not " + (f"{low} or more" if high == math.inf else f"in {low}..{high}"))
         return value
     convert.__name__ = kind.__name__                                        # argparse names it in its messages
@@ -121,7 +123,7 @@ def make_parser(program, usage, text, table, recipe, micro_batch):
     PROGRAM = program
     parser = argparse.ArgumentParser(program, f"{program} {usage}", text, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{program}: {message}\n")      # one line, without the usage
+    parser.error = fail                                                     # one line, without the usage
     option = parser.add_argument_group("configuration", f"what --print-config shows; the {recipe}'s, unless given").add_argument
     for name, (kind, text, choices) in table.items():
         listed = ": " + ", ".join(filter(None, choices)) if choices else ""
@@ -171,6 +173,7 @@ def resolve(args):
     for wrong, message in (
             (c.img_size % c.mask_size, f"img_size {c.img_size} is not a multiple of mask_size {c.mask_size}"),
             (not 0 < c.mask_ratio < 1, f"mask_ratio must lie between 0 and 1, both excluded, not {c.mask_ratio}"),
+            (not 0 < c.crop_scale[1] >= c.crop_scale[0], f"--crop-scale {c.crop_scale[0]} {c.crop_scale[1]}: the smaller first, above 0"),
             (c.schedule == "step" and c.lr_step_epoch is None, "the step schedule needs --lr-step-epoch"),
             (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr"),
             (c.frequency_loss and None in (c.frequency_weight, c.frequency_standin, c.frequency_visible),
@@ -313,7 +316,8 @@ def report(path, bar, entry, text):
 def fail(problem):
     """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    print(f"{PROGRAM}: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)       # a worker's ends a traceback
+    if RANK == 0 or isinstance(problem, data.BadImage):                     # all else is found by all processes alike
+        print(f"{PROGRAM}: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)   # a worker's ends a traceback
     sys.exit(2)
 
 
@@ -334,7 +338,7 @@ def together(work):
     except (ValueError, OSError) as error:
         problem = str(error)
     if found := [p for p in gather(problem) if p is not None]:
-        fail(found[0]) if RANK == 0 else sys.exit(2)
+        fail(found[0])
     return result
 
 
@@ -350,8 +354,8 @@ def open_run(out, identity, overwrite, files):
             raise ValueError(f"{out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
         return None
     state = weights.read(path)
-    known = isinstance(state, dict) and {"identity", "step", "model", "optimizer", "scaler"} <= set(state)
-    if not known or not isinstance(state["identity"], dict):
+    known = {"identity", "step", "model", "optimizer", "scaler"} <= set(state)
+    if not known or not isinstance(state["identity"], dict) or not isinstance(state["step"], int):
         raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
     there = state["identity"]
     if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in identity.items() if there.get(k) != v]:
@@ -425,10 +429,12 @@ def prepare(args, config, world):
                            start=start, stop=stop, total=total, out=out, identity=identity, state=state, shown=(shown, shown_mask))
 
 
-def restore(model, optimizer, scaler, state):
+def restore(model, optimizer, scaler, state, ema=None):
     """Put a checkpoint's state in its places. Raises ValueError if it does not fit."""
     try:
         model.load_state_dict(state["model"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         if scaler.is_enabled() and state["scaler"]:                         # --amp may change from run to run
             scaler.load_state_dict(state["scaler"])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 # (pattern, replacement), applied in order. What needs more than a new name is in `translate`.
 TIMM = [(r"^fc\.", "head."),                                                # ResNets
-        (r"^(?!head\.|head_dist\.|fc_norm\.|mask_token|decoder)", "encoder."),
+        (r"^(?!head\.|fc_norm\.|mask_token|decoder)", "encoder."),
         (r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed."),
         (r"\.ls(\d)\.gamma$", r".gamma_\1")]
 SIMMIM = [(r"^encoder\.mask_token$", "mask_token.token"),
@@ -56,7 +56,7 @@ def translate(state, table):
         new = name
         for pattern, replacement in table:
             new = re.sub(pattern, replacement, new)
-        if new.endswith("attn.qkv.bias"):                                   # the softmax cancels the bias of the keys
+        if new.endswith("attn.qkv.bias") and value.ndim == 1:                                  # the softmax cancels the bias of the keys
             q, _, v = value.chunk(3)
             yield name, new.replace("qkv.bias", "q_bias"), q
             yield name, new.replace("qkv.bias", "v_bias"), v
@@ -70,38 +70,44 @@ def translate(state, table):
 # ------------------------------------------------------------------------------------------------ files
 
 def read(path):
-    """What a checkpoint file holds, loaded without running any code in it. Raises ValueError, in one line."""
+    """The dictionary a checkpoint file holds, loaded without running any code in it. Raises ValueError, in one line."""
     if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}")
+        raise ValueError(f"no checkpoint at {path!r}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            start = file.read(2)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:          # torch.load has no one exception for what is no checkpoint, or no mere data
-        reason = str(error).strip().splitlines()
-        unsafe = any("weights_only" in line or "Unsupported" in line for line in reason)
+        unsafe = start[:1] in (b"P", b"\x80") and ("weights_only" in str(error) or "Unsupported" in str(error))
         raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
                          "alone and pass that" if unsafe else f"{path} is no PyTorch checkpoint, or is damaged") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, no state_dict")
+    return state
 
 
 def write(path, state):
     """A checkpoint, whole or not at all: what stood there stays until the new one is on the disk. Raises OSError."""
-    with open(path + ".tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError:
+        if os.path.isfile(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise
 
 
-def unpack(source, where="the dictionary"):
-    """(format, [(name in the file, our name, tensor)]) of a path or of a dictionary. Raises ValueError, in one line."""
-    state = source
-    if isinstance(source, (str, os.PathLike)):
-        state, where = read(source), source
+def unpack(state, where="the dictionary"):
+    """(format, [(name in the file, our name, tensor)]) of what a file holds. Raises ValueError, in one line."""
     for key in ("ema", "model", "state_dict"):                              # of a run with an average: the average
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+    if not state or not all(isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided for k, v in state.items()):
         raise ValueError(f"{where} holds no state_dict: expected tensors by name, or such under 'model' or 'state_dict'")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
     kind = next((k for k, (test, _) in FORMATS.items() if test(state)), None)
@@ -115,9 +121,9 @@ def unpack(source, where="the dictionary"):
 def resize_positions(name, value, like):
     """A table of positions for another number of patches a side, or None if that is not all that differs.
 
-    Absolute positions (1, 1 + n·n, D) and relative-bias tables ((2n − 1)² + 3, heads) are maps, interpolated
-    bicubically (antialiased, corners not aligned, as timm does: a place keeps its share of the image); what belongs to the class
-    token, at one end or the other, is kept.
+    Absolute positions (1, 1 + n·n, D) and relative-bias tables ((2n − 1)² + 3, heads) are maps, interpolated bicubically
+    (antialiased, corners not aligned: a place keeps its share of the image, an offset about its share). What belongs to
+    the class token, at one end or the other, is kept. For absolute positions timm does the same.
     """
     if name.endswith("pos_embed") and value.ndim == like.ndim == 3:
         tokens, rest, wanted = value[0, 1:], value[0, :1], like.shape[1] - 1
@@ -133,18 +139,20 @@ def resize_positions(name, value, like):
     return torch.cat([rest, tokens])[None] if name.endswith("pos_embed") else torch.cat([tokens, rest])
 
 
-def load(model, source, where="the dictionary"):
+def load(model, source, where="the dictionary", head=True):
     """Load the encoder of an A2MIM or a Predictor, and of the rest what the source has and what fits.
 
-    source: a path, or the dictionary such a file holds (`where` it is from), in a format of FORMATS. Positions are resized to the model's
-    image size. What the file's encoder lacks by design (see NEUTRAL) gets the value that changes nothing. Returns
-    {"format", "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for `unused`, the file's.
-    Raises ValueError, and leaves the model as it was, if the format is unknown or the encoder is another one.
+    source: a path, or the dictionary such a file holds (`where` it is from), in a format of FORMATS. Positions are
+    resized to the model's image size. What the file's encoder lacks by design (see NEUTRAL) gets the value that changes
+    nothing. Returns {"format", "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for
+    `unused`, the file's. head=False leaves a classifier in the file. Raises ValueError, and leaves the model as it was, if the format is unknown or the encoder is
+    another one.
     """
-    where = source if isinstance(source, (str, os.PathLike)) else where
+    if isinstance(source, (str, os.PathLike)):
+        source, where = read(source), source
     kind, items = unpack(source, where)
     own, names = model.state_dict(), {new for _, new, _ in items}
-    other_head = "fc_norm.weight" in own and "fc_norm.weight" not in names  # learned on the class token, say
+    other_head = not head or "fc_norm.weight" in own and "fc_norm.weight" not in names     # learned on the class token, say
     found, resized, unused = {}, [], []
     for name, new, value in items:
         if new.startswith("head.") and other_head:
@@ -167,7 +175,7 @@ def load(model, source, where="the dictionary"):
     fresh = [n for n in missing if n.startswith("encoder.norm.") and "fc_norm.weight" in names]    # fine-tuned: it has none
     missing = [n for n in missing if n not in neutral]
     if lost := [n for n in missing if n.startswith("encoder.") and n not in fresh]:
-        raise ValueError(f"{where} has no {lost[0]} and {len(lost) - 1} more of this encoder: is it another architecture?")
+        raise ValueError(f"{where} has not all of this encoder, {lost[0]} for one: is it another architecture?")
     found |= {name: torch.full_like(own[name], NEUTRAL[name.split(".")[-1]]) for name in neutral}
     model.load_state_dict(found, strict=False)
     return {"format": kind, "loaded": [n for n in found if n not in neutral], "resized": resized, "neutral": neutral,
@@ -198,8 +206,13 @@ def export(source, to):
     A ViT with relative bias becomes timm's Beit, without one its VisionTransformer; a ResNet keeps torchvision's names,
     which timm shares. Pre-trained: the final norm and no classifier; fine-tuned: mean pooling with fc_norm, classifier.
     """
-    state = {new: value for _, new, value in unpack(source)[1] if new.startswith(("encoder.", "fc_norm.", "head."))}
+    source, where = (source, "the dictionary") if isinstance(source, dict) else (read(source), source)
+    run = source.get("identity")
+    kept = ["encoder.", "fc_norm."] + ["head."] * (not isinstance(run, dict) or run.get("task", "class") == "class")
+    state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(tuple(kept))}
     vit = "encoder.patch_embed.weight" in state
+    if ("encoder.blocks.0.mlp.fc1.bias" if vit else "encoder.layer1.0.conv1.weight") not in state or "head.0.weight" in state:
+        raise ValueError(f"{where} holds no ViT and no ResNet of the forms that {to} has")
     if vit and to != "timm":
         raise ValueError(f"a ViT has no counterpart of the same form in {to}: --to timm")
     if not vit and state["encoder.conv1.weight"].shape[1:] != (3, 7, 7):
@@ -233,7 +246,7 @@ def constructor(state, vit, beit, to):
     table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
     side = math.isqrt(state["encoder.pos_embed"].shape[1] - 1) if "encoder.pos_embed" in state else (math.isqrt(len(table) - 3) + 1) // 2
     options = dict(img_size=side * patch, patch_size=patch, embed_dim=dim, depth=depths["blocks"],
-                   num_heads=table.shape[1] if beit else "HEADS",           # a plain ViT does not show its number
+                   num_heads=table.shape[1] if beit else "HEADS",           # which a plain ViT does not show
                    mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.bias"]) / dim, num_classes=classes,
                    global_pool="'avg'" if "fc_norm.weight" in state else "'token'")
     if beit:
@@ -251,12 +264,11 @@ def show(path):
     state = read(path)
     kind, items = unpack(state, path)
     print(f"{path}: {kind}, {sum(value.numel() for _, _, value in items) / 1e6:.1f} M numbers in {len(items)} tensors")
-    if isinstance(state, dict):
-        for key, value in state.items():
-            if isinstance(value, (int, float, str)):
-                print(f"{key}: {value}")
-            elif key == "identity" and isinstance(value, dict):
-                print("run: " + ", ".join(f"{k} {v}" for k, v in value.items() if v is not None))
+    for key, value in state.items():
+        if isinstance(value, (int, float, str)):
+            print(f"{key}: {value}")
+        elif key == "identity" and isinstance(value, dict):
+            print("run: " + ", ".join(f"{k} {v}" for k, v in value.items() if v is not None))
     groups = collections.Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(value.shape), str(value.dtype)[6:]) for _, name, value in items)
     for (name, shape, dtype), times in groups.items():
         print(f"  {name}  {shape} {dtype}" + (f" × {times}" if times > 1 else ""))
@@ -279,14 +291,15 @@ def main(argv=None):
             show(args.file)
             return
         state, call = export(args.checkpoint, args.to)
-        if os.path.exists(args.out):
-            raise ValueError(f"{args.out} exists: choose another name, or remove it")
+        if os.path.exists(args.out) or not os.path.basename(args.out):
+            raise ValueError(f"{args.out!r} exists, or names no file: choose another name, or remove it")
         write(args.out, state)
     except (ValueError, OSError) as error:
         print(f"weights.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out}: {len(state)} tensors, encoder{' and classifier' if any(n.startswith(('head.', 'fc.')) for n in state) else ''}. To load them:\n  model = {call}\n"
-          f"  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
+    what = "encoder and classifier" if any(name.startswith(("head.", "fc.")) for name in state) else "encoder"
+    print(f"{args.out}: {what}, {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "")
+          + f":\n  import torch, {args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
 
 
 if __name__ == "__main__":
