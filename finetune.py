@@ -477,6 +477,7 @@ def line(metrics):
 
 
 def work(args, config, world, device, checkpoint):
+    """What one process does: evaluate, find neighbours, or train."""
     if config["data"] in data.SOURCES:                                      # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
     run = together(lambda: prepare(args, config, world, checkpoint))
