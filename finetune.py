@@ -31,7 +31,7 @@ import losses
 import model as models
 import train
 import weights
-from train import RANK, count, number, optional, positive, say, share, together
+from train import RANK, count, number, optional, positive, say, share, sum_over_ranks, together
 
 # ------------------------------------------------------------------------------------------------ protocols
 # Those of A²MIM and its official code. lr is the one at the protocol's own batch_size.
@@ -294,12 +294,6 @@ def test_batches(images, batch, world):
     return [share[i:i + batch] for i in range(0, len(share), batch)]
 
 
-def sum_over_ranks(values):
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
 @torch.no_grad()
 def evaluate(model, loader, task, device, autocast):
     """Metrics of a task over every image of the loaders of all processes."""
@@ -357,10 +351,11 @@ def open_labelled(config, split, task):
     source = data.open_source(config["data"], split, config["img_size"])
     if getattr(source, "empty", None):
         raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it")
-    if not len(labelled := (source.labels >= 0).nonzero()[0]):
-        raise ValueError(f"the images of {getattr(source, 'root', config['data'])} have no labels: put those of each class in a folder of its own")
+    where, labelled = getattr(source, "root", config["data"]), (source.labels >= 0).nonzero()[0]
+    if not len(labelled):
+        raise ValueError(f"the images of {where} have no labels: put those of each class in a folder of its own")
     if len(source.classes) < 2:
-        raise ValueError(f"{getattr(source, 'root', config['data'])} has one class only, {source.classes[0]}: nothing to tell apart")
+        raise ValueError(f"{where} has one class only, {source.classes[0]}: nothing to tell apart")
     return torch.utils.data.Subset(source, labelled), list(source.classes)
 
 
@@ -499,8 +494,10 @@ def work(args, config, world, device, checkpoint):
     elif config["protocol"] == "knn":
         bank, labels = features(model, test_loader(run.source), len(run.source), device, autocast, world)
         queries, wanted = features(model, loader, len(run.held_out), device, autocast, world)
-        votes = torch.cat([knn(bank, labels, q, args.k, args.temperature, len(run.classes)) for q in queries.split(256)])
-        finish(run, args, task.metrics([float(s) for s in task.sums(votes, wanted, None)], len(votes)) | dict(n=len(votes)), epoch=None)
+        mine = slice(RANK, None, world)                                     # each process's share of the test images
+        votes = torch.cat([knn(bank, labels, q, args.k, args.temperature, len(run.classes)) for q in queries[mine].split(256)])
+        sums = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist()
+        finish(run, args, task.metrics(sums, len(queries)) | dict(n=len(queries)), epoch=None)
     else:
         tune(args, config, run, model, loader, world, device, autocast, scaler)
 
@@ -591,8 +588,8 @@ def main(argv=None):
     args = parse(argv)
     try:
         checkpoint = weights.read(args.init) if args.init is not None else None
-        for moments in ("optimizer", "scaler"):
-            checkpoint and checkpoint.pop(moments, None)
+        for unneeded in ("optimizer", "scaler") if checkpoint else ():
+            checkpoint.pop(unneeded, None)
         config = resolve(args, checkpoint)
     except ValueError as error:
         train.fail(error)

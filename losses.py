@@ -147,7 +147,7 @@ def class_loss(logits, target, kind="ce", smoothing=0.0):
     return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
 
 
-def class_sums(logits, label):
+def class_sums(logits, label, size=None):
     """Of a batch: how often the label (B,) is the first, and one of the first five."""
     hits = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
     return hits[:, 0].sum(), hits.sum()
@@ -168,7 +168,7 @@ def pose_sums(output, pose, size):
     return error[:, :2].norm(dim=1).sum() / 8 * size, error[:, 2].abs().sum() / 16 * size, turn.rad2deg().sum()
 
 
-def mask_sums(logits, mask):
+def mask_sums(logits, mask, size=None):
     """Of a batch: pixels that both, and either, call object; and background. (B, 1, H, W), (B, H, W) bool."""
     found = logits[:, 0] > 0
     return (found & mask).sum(), (found | mask).sum(), (~found & ~mask).sum(), (~found | ~mask).sum()
@@ -186,9 +186,9 @@ class Task(NamedTuple):
 
 TASKS = {
     "class": Task("mean", None, lambda o, t, c: class_loss(o, t, c["loss"], c["label_smoothing"] or 0.0),
-                  lambda o, t, size: class_sums(o, t), lambda s, n: dict(top1=100 * s[0] / n, top5=100 * s[1] / n), ("top1", 1)),
+                  class_sums, lambda s, n: dict(top1=100 * s[0] / n, top5=100 * s[1] / n), ("top1", 1)),
     "pose": Task("flatten", 5, lambda o, t, c: F.mse_loss(o, encode_pose(t)), pose_sums,
                  lambda s, n: dict(centre_px=s[0] / n, scale_px=s[1] / n, angle_deg=s[2] / n), ("angle_deg", -1)),
     "mask": Task("none", 1, lambda o, t, c: F.binary_cross_entropy_with_logits(o[:, 0], t.float()),
-                 lambda o, t, size: mask_sums(o, t), lambda s, n: dict(miou=50 * (s[0] / s[1] + s[2] / s[3])), ("miou", 1)),
+                 mask_sums, lambda s, n: dict(miou=50 * (s[0] / s[1] + s[2] / s[3])), ("miou", 1)),
 }

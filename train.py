@@ -292,11 +292,14 @@ def loader_workers(args):
     return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
 
 
-def mean_over_ranks(values):
+def sum_over_ranks(values):
     if dist.is_initialized():
         dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values.tolist()
+    return values
+
+
+def mean_over_ranks(values):
+    return (sum_over_ranks(values) / (dist.get_world_size() if dist.is_initialized() else 1)).tolist()
 
 
 def say(text):
