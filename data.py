@@ -1,22 +1,33 @@
 """Images, from wherever they are to batches of uint8 crops (everything after happens on the device).
 
+  python data.py pack path/to/imagenet imagenet.pack       once; then train with --data imagenet.pack, twice as fast to load
+
 A *source* is a list of images: `source[i] -> (uint8 (3, H, W), label)`, `len(source)`, `source.labels` (an array; −1 is
 none), `source.classes` (their names). A new kind of source is one function and one row of SOURCES. `Views` cuts the
 crops, `Batches` says which, in which order.
 All randomness of a sample is keyed by (seed, epoch, position in the epoch): the stream of samples is the same
 however many workers, processes or accumulation steps produce it.
 """
+import argparse
+import contextlib
+import functools
 import hashlib
+import json
 import math
 import os
+import sys
+import time
+import zlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                    # ImageNet's, for images in 0..1
 FILL = [124, 116, 104]                                                      # the same mean, of bytes
@@ -83,9 +94,9 @@ class Views(torch.utils.data.Dataset):
         return self.view(self.source[index], generator(self.seed, epoch, position))
 
 
-def loader(views, batches, workers=0, pin=False):
-    """The batches, made by `workers` processes ahead of time. Yields what the view returns, stacked."""
-    return torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin)
+def loader(views, batches, workers=0, pin=False, collate=None):
+    """The batches, made by `workers` processes ahead of time. Yields what the view returns, stacked (or collated)."""
+    return torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin, collate_fn=collate)
 
 
 # ------------------------------------------------------------------------------------------------ transforms
@@ -93,27 +104,28 @@ def loader(views, batches, workers=0, pin=False):
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 
 
-def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3), interpolation=BILINEAR):
-    """A crop with a share `scale` (low, high) of the area and an aspect in `ratio`, at `size` px, flipped half the time.
-
-    image: uint8 (3, H, W). Returns uint8 (3, size, size); antialiased. The distribution is that of
-    torchvision's RandomResizedCrop, which takes no generator: ten tries, then the largest centred crop that fits.
-    """
-    H, W = image.shape[-2:]
-    draws = torch.rand(10, 4, generator=generator).tolist()
-    flip = torch.rand((), generator=generator) < 0.5
-    for area, aspect, y, x in draws:
-        area = H * W * (scale[0] + (scale[1] - scale[0]) * area)
-        aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * aspect)
+def crop_box(height, width, scale, generator, ratio=(3 / 4, 4 / 3)):
+    """((top, left, height, width), flip): a box with a share `scale` (low, high) of the area and an aspect in `ratio`,
+    and a coin. The distribution is that of torchvision's RandomResizedCrop, which takes no generator: ten tries, then
+    the largest centred box that fits."""
+    *draws, coin = torch.rand(41, generator=generator).tolist()
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for i in range(0, 40, 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
+        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * draws[i + 1])
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= W and 0 < h <= H:
-            top, left = int(y * (H - h + 1)), int(x * (W - w + 1))
-            break
-    else:
-        h, w = min(H, round(W / ratio[0])), min(W, round(H * ratio[1]))
-        top, left = (H - h) // 2, (W - w) // 2
-    crop = TF.resized_crop(image, top, left, h, w, [size, size], interpolation, antialias=True)
-    return TF.horizontal_flip(crop) if flip else crop
+        if 0 < w <= width and 0 < h <= height:
+            return (int(draws[i + 2] * (height - h + 1)), int(draws[i + 3] * (width - w + 1)), h, w), coin < 0.5
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return ((height - h) // 2, (width - w) // 2, h, w), coin < 0.5
+
+
+def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3), interpolation=BILINEAR):
+    """A random box of a uint8 image (3, H, W), see `crop_box`, at `size` px, flipped half the time; antialiased."""
+    (top, left, h, w), flip = crop_box(*image.shape[-2:], scale, generator, ratio)
+    crop = image[None, :, top:top + h, left:left + w]                       # bytes all the way: PyTorch resizes them as they are
+    crop = F.interpolate(crop, (size, size), mode=interpolation.value, antialias=True)[0]
+    return crop.flip(-1) if flip else crop
 
 
 def center_crop(image, size):
@@ -146,16 +158,22 @@ def augment(image, generator, randaugment=None, erasing=None):
     return image
 
 
+@functools.cache
+def constants(device):
+    """Mean and deviation of bytes, (3, 1, 1) each, made once for a device: each copy to it would stop the host."""
+    return tuple(255 * torch.tensor(c, device=device).view(-1, 1, 1) for c in (MEAN, STD))
+
+
 def normalize(image):
     """uint8 (B, 3, H, W) -> float32 with the data set's mean 0 and deviation 1, on the image's device."""
-    mean, std = (torch.tensor(c, device=image.device).view(-1, 1, 1) for c in (MEAN, STD))
-    return (image.float() / 255 - mean) / std
+    mean, std = constants(image.device)
+    return (image - mean) / std
 
 
 def denormalize(image):
     """The way back: float (B, 3, H, W) -> uint8."""
-    mean, std = (torch.tensor(c, device=image.device).view(-1, 1, 1) for c in (MEAN, STD))
-    return ((image.float() * std + mean) * 255).round().clamp(0, 255).byte()
+    mean, std = constants(image.device)
+    return (image.float() * std + mean).round().clamp(0, 255).byte()
 
 
 def write_picture(path, images, columns):
@@ -242,6 +260,136 @@ class Download:
     def __getitem__(self, index):
         image = torch.from_numpy(self.set.data[index])
         return image.permute(2, 0, 1) if self.channels_last else image, int(self.labels[index])
+
+
+# ------------------------------------------------------------------------------------------------ packed images
+
+RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("height", "<u4"), ("width", "<u4"), ("check", "<u4")])
+FORMAT = "nanoA2MIM pack 1"
+
+
+class Packed:
+    """What `pack` wrote: images.bin, their bytes one after another; index.bin, a RECORD each; pack.json, the rest.
+
+    An image is a JPEG, or raw pixels (height, width, 3) if its record has a height. Bytes are read when asked for, at
+    their place, so that memory stays small and the system's page cache serves all workers and processes; their checksum,
+    which covers the record too, is compared each time. split: as in Folder. Raises ValueError, and BadImage.
+    """
+
+    def __init__(self, root, split):
+        self.root, self.split, self.path = root, split, os.path.join(root, "images.bin")
+        try:
+            with open(os.path.join(root, "pack.json")) as file:
+                about = json.load(file)
+            if (found := about["format"]) != FORMAT:
+                raise ValueError(f"{root} is a {str(found)[:40]!r}, this program reads {FORMAT!r}: pack the images again")
+            counts, size = [about[name]["images"] for name in ("train", "val")], about["bytes"]
+            self.classes, self.empty = (list(map(str, about["train" if split == "train" else "val"][k])) for k in ("classes", "empty"))
+            index = np.memmap(os.path.join(root, "index.bin"), RECORD, "r")
+            self.file = open(self.path, "rb", buffering=0)
+            whole = os.path.getsize(self.path) == size and len(index) == sum(counts)
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{root} is a half-written or damaged pack ({type(error).__name__}): pack the images again") from None
+        if not whole:
+            raise ValueError(f"{root} is a truncated pack ({os.path.getsize(self.path):,} of {size:,} bytes, {len(index):,} of "
+                             f"{sum(counts):,} records): pack the images again")
+        parts = dict(train=index[:counts[0]], val=index[counts[0]:], test=index[0 if about.get("test_is_all") else counts[0]:])
+        self.index = parts[split]
+        self.labels = self.index["label"]
+
+    def __reduce__(self):                                                   # workers that are not forked open it anew
+        return Packed, (self.root, self.split)
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, index):
+        record = self.index[index]
+        offset, length, label, height, width, check = record.item()
+        payload = np.empty(length, np.uint8)
+        try:                                                                # no mapped memory: a failing disk would kill the process
+            if os.preadv(self.file.fileno(), [payload], offset) != length or checksum(record, payload) != check:
+                raise ValueError("its checksum differs")
+            image = torch.from_numpy(payload)
+            return image.view(height, width, 3).permute(2, 0, 1) if height else decode_image(image, ImageReadMode.RGB), label
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
+            raise BadImage(f"{self.path}: image {index} of {self.split} is damaged ({error}): pack the images again") from None
+
+
+def checksum(record, payload):
+    return zlib.crc32(payload, zlib.crc32(record.tobytes()[:-4]))           # of all of the record but itself
+
+
+class Encoder:
+    """Images as a pack holds them: `encoder[i]` is (label, height, width, bytes), or a line on why there is none."""
+
+    def __init__(self, source, size, quality):
+        self.source, self.size, self.quality = source, size, quality
+
+    def __getitem__(self, index):
+        try:
+            image, label = self.source[index]
+        except BadImage as error:
+            return str(error)
+        if self.size and self.size < min(image.shape[-2:]):
+            image = TF.resize(image, [self.size], BICUBIC, antialias=True)
+        height, width = image.shape[-2:]
+        if self.quality == "raw" or height * width <= 64 * 64 or max(height, width) > 65500:       # as large as a JPEG can be
+            return label, height, width, image.permute(1, 2, 0).numpy().tobytes()
+        return label, 0, 0, encode_jpeg(image.contiguous(), self.quality).numpy().tobytes()
+
+
+def pack(data, out, size=256, quality=92, workers=0):
+    """Write the images of --data as a pack: short sides of `size` px at most (0: as they are), JPEGs of `quality`, or raw
+    pixels (quality "raw", and all images of up to 64 × 64). `out` appears when all is written, and not before.
+
+    Returns (images written, lines on those that could not be read). Raises ValueError and OSError.
+    """
+    out = os.path.normpath(out)
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: choose another name, or remove it")
+    sources = {split: open_source(data, split, size or 256) for split in ("train", "val")}
+    everything = len(open_source(data, "test", size or 256)) == sum(map(len, sources.values()))
+    about = dict(format=FORMAT, source=data, size=size, quality=quality, test_is_all=everything)
+    partial, offset, problems, told = out + ".partial", 0, [], time.time()
+    names = [os.path.join(partial, name) for name in ("images.bin", "index.bin", "pack.json")]
+    os.makedirs(partial, exist_ok=True)
+    try:
+        with open(names[0], "wb") as images, open(names[1], "wb") as index, open(names[2], "w") as rest:
+            with tqdm(total=sum(map(len, sources.values())), unit="image", disable=not sys.stderr.isatty()) as bar:
+                for split, source in sources.items():
+                    about[split] = dict(images=0, classes=source.classes, empty=getattr(source, "empty", []))
+                    order = [range(i, min(i + 64, len(source))) for i in range(0, len(source), 64)]
+                    for item in (item for batch in loader(Encoder(source, size, quality), order, workers, collate=list) for item in batch):
+                        if isinstance(item, str):
+                            problems.append(item)
+                        else:
+                            label, height, width, payload = item
+                            record = np.array((offset, len(payload), label, height, width, 0), RECORD)
+                            record["check"] = checksum(record, payload)
+                            images.write(payload)
+                            index.write(record.tobytes())
+                            offset += len(payload)
+                            about[split]["images"] += 1
+                        bar.update()
+                        if bar.disable and time.time() - told > 10:
+                            print(f"{about[split]['images']:,} of {len(source):,} images of {split}", file=sys.stderr)
+                            told = time.time()
+                    if not about[split]["images"]:
+                        raise ValueError(f"no image of {split} can be read: {problems[-1]}")
+            json.dump(about | dict(bytes=offset), rest)
+            for file in (images, index, rest):                              # on the disk before it has its name
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(partial, out)
+    except BaseException:
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.remove(name)
+        with contextlib.suppress(OSError):
+            os.rmdir(partial)
+        raise
+    return about["train"]["images"] + about["val"]["images"], problems
 
 
 # ------------------------------------------------------------------------------------------------ a built-in world
@@ -366,5 +514,41 @@ SOURCES = {  # name -> source of a split ("train", or "val" or "test") for a mod
 
 
 def open_source(data, split, size):
-    """The source behind --data: a row of SOURCES, or a folder (write ./shapes for a folder of that name)."""
-    return SOURCES[data](split, size) if data in SOURCES else Folder(data, split)
+    """The source behind --data: a row of SOURCES, a pack, or a folder (write ./shapes for a folder of that name)."""
+    if data in SOURCES:
+        return SOURCES[data](split, size)
+    packed = any(os.path.exists(os.path.join(data, name)) for name in ("pack.json", "index.bin"))
+    return Packed(data, split) if packed else Folder(data, split)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("pack", help="write all images into three files that load faster", description=pack.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("source", metavar="SRC", help=f"what --data takes: a folder of images, or one of {', '.join(SOURCES)}")
+    command.add_argument("out", metavar="OUT", help="the pack, a folder that does not exist yet")
+    command.add_argument("--size", type=int, default=256, help="largest short side, pixels; 0: as they are (256)")
+    command.add_argument("--quality", type=lambda text: text if text == "raw" else int(text), default=92,
+                         help="of JPEG, 1 to 100, or raw: pixels, no loss (92)")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (the cores there are)")
+    for each in (parser, command):
+        each.error = lambda message: parser.exit(2, f"data.py: {message}\n")
+    args, began = parser.parse_args(argv), time.time()
+    try:
+        for wrong, message in ((args.size < 0, f"--size {args.size} is negative"), (args.workers < 0, f"--workers {args.workers} is negative"),
+                               (args.quality != "raw" and not 1 <= args.quality <= 100, f"--quality {args.quality} is not in 1..100, nor raw")):
+            if wrong:
+                raise ValueError(message)
+        images, problems = pack(args.source, args.out, args.size, args.quality, args.workers)
+    except (ValueError, OSError) as error:
+        print(f"data.py: {str(error).splitlines()[-1]}", file=sys.stderr)
+        sys.exit(2)
+    for line in problems:
+        print(f"left out: {line}", file=sys.stderr)
+    print(f"{args.out}: {images:,} images, {sum(e.stat().st_size for e in os.scandir(args.out)) / 1e6:,.1f} MB, {time.time() - began:.0f} s"
+          + (f"; {len(problems)} could not be read" if problems else "") + f". Now --data {args.out}")
+
+
+if __name__ == "__main__":
+    main()
