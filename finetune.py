@@ -301,15 +301,16 @@ def evaluate(model, loader, task, device, autocast):
     if dist.is_initialized():                                               # each process has its own batch statistics
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    total, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    total, broken, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device), 0
     for image, target in tqdm(loader, "test", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         image, target = data.normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
         with autocast():
             output = model.forward(image).float()                           # not compiled: other batch sizes
         for i, value in enumerate(task.sums(output, target, image.shape[-1])):
             total[i] += value
-        images += torch.tensor([len(image), int(not output.isfinite().all())], device=device)
-    n, broken = sum_over_ranks(images).tolist()
+        broken += ~output.isfinite().all()
+        images += len(image)
+    n, broken = sum_over_ranks(torch.stack([torch.tensor(images, device=device), broken.long()])).tolist()
     if broken:
         train.fail("the model's outputs are not finite numbers: its training has diverged (try a smaller --lr), or --init is broken")
     return task.metrics(sum_over_ranks(total).tolist(), n) | dict(n=n)
@@ -342,6 +343,7 @@ def knn(bank, labels, queries, k, temperature, classes):
 # ------------------------------------------------------------------------------------------------ runs
 
 FILES = ("log.jsonl", "best.pt", "result.json")                             # of a run, beside last.pt
+LINE = "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s"
 
 
 def open_labelled(config, split, task):
@@ -526,11 +528,11 @@ def tune(args, config, run, model, test_loader, world, device, autocast, scaler)
     if args.compile:
         model.compile()
     replica = train.replicate(model, device, world, accumulate)
-    log, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "last.pt"))
-    bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+    checkpoint = os.path.join(out, "last.pt")
+    log = train.Log(os.path.join(out, "log.jsonl"), LINE, start, total, config["batch_size"])
     views = data.Views(run.source, functools.partial(train_view, config=config), args.seed)
     stream = iter(data.loader(views, run.batches, train.loader_workers(args), device.type == "cuda"))
-    since, clock, saved = start, time.time(), time.time()
+    saved = time.time()
 
     for step in range(start, stop):
         model.train()
@@ -555,33 +557,30 @@ def tune(args, config, run, model, test_loader, world, device, autocast, scaler)
         train.update(model, optimizer, scaler, config["clip"])
         if ema:
             ema.update(model, step)
-        bar.update()
 
         done, epoch = step + 1, step // steps_per_epoch + 1
+        log.bar.update()
+        log.flush()                                                         # what the step before computed
         if done % args.log_every == 0 or done in (start + 1, stop):
-            mean, = train.mean_over_ranks(loss)
-            speed, clock, since = (done - since) * config["batch_size"] / (time.time() - clock), time.time(), done
-            if RANK == 0:
-                train.report(log, bar, dict(step=done, epoch=epoch, loss=mean, lr=config["lr"] * factor, images_per_second=speed),
-                             "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s")
+            log.add(dict(step=done, epoch=epoch, lr=config["lr"] * factor), ["loss"], loss)
         if done == stop or done % steps_per_epoch == 0 and epoch % args.eval_every == 0:
+            log.flush()
             began = time.time()
             metrics = evaluate(tested, test_loader, task, device, autocast)
-            clock += time.time() - began                                    # no part of the training speed
+            log.clock += time.time() - began                                # no part of the training speed
             name, sign = task.best
             better = done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name])
             best = metrics | dict(epoch=epoch) if better else best
-            if RANK == 0:
-                train.report(log, bar, dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + line(metrics))
-                if better:
-                    weights.write(os.path.join(out, "best.pt"), dict(
-                        format="nanoA2MIM", identity=run.identity, classes=run.classes, step=done, metrics=metrics, model=tested.state_dict()))
+            log.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + line(metrics))
+            if RANK == 0 and better:
+                weights.write(os.path.join(out, "best.pt"), dict(
+                    format="nanoA2MIM", identity=run.identity, classes=run.classes, step=done, metrics=metrics, model=tested.state_dict()))
         if done == stop:                                                    # before the checkpoint that says so
             finish(run, args, metrics, epoch=epoch, step=done, steps=total, best=best)
         if RANK == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
             weights.write(checkpoint, snapshot(done))
             saved = time.time()
-    bar.close()
+    log.bar.close()
 
 
 def main(argv=None):

@@ -128,7 +128,7 @@ class A2MIMLoss:
             return {"loss": spatial, "spatial": spatial, "frequency": torch.zeros_like(spatial)}
         M_f = M + (1 - M) * self.visible
         # x̃ = M_f·x̂ + (1−M_f)·r, so x̃ − x = M_f·d + (1−M_f)·(r − x); and as F is linear, F(x̃) − F(x) = F(x̃ − x)
-        error = M_f * d + (1 - M_f) * self.standin(d, x)
+        error = torch.lerp(self.standin(d, x), d, M_f)
         if self.frequency == "focal":
             frequency = focal_frequency(error, **self.focal)
         else:

@@ -587,9 +587,10 @@ def test_parameter_groups():
 def stream(**changes):
     """Hashes of what a run's first six steps would see, in the order of the whole batch."""
     o = dict(world=1, micro=12, workers=0, start=0, seed=0) | changes
-    view = train.functools.partial(train.view, size=16, scale=(0.5, 1.0), grid=4, ratio=0.6)
+    view = train.functools.partial(train.view, size=16, scale=(0.5, 1.0))
+    collate = train.functools.partial(train.collate, grid=4, ratio=0.6)
     views = data.Views(data.Shapes(16, count=40), view, o["seed"])
-    ranks = [list(data.loader(views, data.Batches(40, 12, o["micro"], o["start"], 6, o["seed"], rank, o["world"]), o["workers"]))
+    ranks = [list(data.loader(views, data.Batches(40, 12, o["micro"], o["start"], 6, o["seed"], rank, o["world"]), o["workers"], collate=collate))
              for rank in range(o["world"])]
     return [zlib.crc32(image.numpy().tobytes() + mask.numpy().tobytes()) for micros in zip(*ranks, strict=True)
             for images, masks in micros for image, mask in zip(images, masks)]

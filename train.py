@@ -275,6 +275,8 @@ def place(model, device, world):
         torch.set_float32_matmul_precision("high")                          # TF32 where mixed precision is off
         if world > 1:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if isinstance(model.encoder, models.ResNet):                            # convolutions are fastest with channels innermost
+        model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
 
@@ -282,7 +284,7 @@ def replicate(model, device, world, accumulate):
     """What to call in training: the model, on several processes wrapped so that they exchange gradients."""
     if world == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
                                    gradient_as_bucket_view=True, static_graph=accumulate == 1)
 
 
@@ -298,22 +300,48 @@ def sum_over_ranks(values):
     return values
 
 
-def mean_over_ranks(values):
-    return (sum_over_ranks(values) / (dist.get_world_size() if dist.is_initialized() else 1)).tolist()
-
-
 def say(text):
     if RANK == 0:
         tqdm.write(text)
 
 
-def report(path, bar, entry, text):
-    """A line for the log file, and one for people: in the progress bar, or where there is no terminal, of its own."""
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
-    bar.set_postfix_str(text.format(**entry))
-    if bar.disable:
-        say(f"step {entry['step']}/{bar.total}, " + text.format(**entry))
+class Log:
+    """log.jsonl and the progress bar of a run. What the device still computes is written a step late: it never waits for the host."""
+
+    def __init__(self, path, text, start, total, batch_size):
+        self.path, self.text, self.batch_size, self.first, self.last, self.pending = path, text, batch_size, None, None, None
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+        self.step, self.clock = start, time.time()
+
+    def add(self, entry, names, values):
+        """An entry {"step": …, …} and, of all processes, the mean of a tensor of values, sent on its way to the host."""
+        values = sum_over_ranks(values) / (dist.get_world_size() if dist.is_initialized() else 1)
+        host, sent = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
+        if sent:
+            sent.record()
+        self.pending = entry, names, host, sent
+
+    def flush(self):
+        """Write the entry on its way, if there is one."""
+        if self.pending is None:
+            return
+        entry, names, host, sent = self.pending
+        if sent:
+            sent.synchronize()                                              # with the end of that step, not of the one begun since
+        self.pending, self.last = None, entry | dict(zip(names, host.tolist()))
+        self.first = self.first or self.last
+        speed = (entry["step"] - self.step) * self.batch_size / (time.time() - self.clock)
+        self.step, self.clock = entry["step"], time.time()
+        self.write(self.last | dict(images_per_second=speed), self.text)
+
+    def write(self, entry, text):
+        """A line for the file, and one for people: in the progress bar, or where there is no terminal, of its own."""
+        if RANK == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.bar.set_postfix_str(text.format(**entry))
+            if self.bar.disable:
+                say(f"step {entry['step']}/{self.bar.total}, " + text.format(**entry))
 
 
 def fail(problem):
@@ -398,16 +426,22 @@ def draw(path, model, image, mask):
 # ------------------------------------------------------------------------------------------------ training
 
 FILES = ("log.jsonl", "recon.png")                                          # of a run, beside last.pt
+PARTS = ("loss", "spatial", "frequency")
 LINE = "epoch {epoch} loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
 
 
-def view(sample, generator, size, scale, grid, ratio):
-    """What a loader's worker makes of an (image, label): a crop (3, size, size) uint8, and its mask (grid, grid)."""
-    image, _ = sample
-    return data.random_resized_crop(image, size, scale, generator), masking.random_mask(1, grid, ratio, generator)[0]
+def view(sample, generator, size, scale):
+    """What a loader's worker makes of an (image, label): a crop (3, size, size) uint8; the generator then draws the mask."""
+    return data.random_resized_crop(sample[0], size, scale, generator), generator
 
 
-def prepare(args, config, world):
+def collate(samples, grid, ratio):
+    """... and of many: crops (B, 3, size, size) uint8, masks (B, grid, grid)."""
+    crops, generators = zip(*samples)
+    return torch.stack(crops), masking.random_mask(len(crops), grid, ratio, generators)
+
+
+def prepare(args, config, world, device):
     """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
     micro_batch = find_micro_batch(config["batch_size"], args.micro_batch, world, RECIPES[config["arch"]]["micro_batch"])
     torch.manual_seed(data.key(args.seed))
@@ -423,12 +457,13 @@ def prepare(args, config, world):
     state = open_run(out, identity, args.overwrite, FILES)
     start = state["step"] if state else 0
     batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, RANK, world)
-    views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"], grid=grid,
-                                                 ratio=config["mask_ratio"]), args.seed)
+    views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"]), args.seed)
+    stream = data.loader(views, batches, loader_workers(args), device.type == "cuda",
+                         functools.partial(collate, grid=grid, ratio=config["mask_ratio"]))
     shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
     shown = torch.stack([data.center_crop(image, size) for image in shown])
     shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1))
-    return SimpleNamespace(model=model, criterion=criterion, micro_batch=micro_batch, images=len(source), batches=batches, views=views,
+    return SimpleNamespace(model=model, criterion=criterion, micro_batch=micro_batch, images=len(source), batches=batches, stream=stream,
                            start=start, stop=stop, total=total, out=out, identity=identity, state=state, shown=(shown, shown_mask))
 
 
@@ -461,7 +496,7 @@ def announce(config, run, world, accumulate):
 def train(args, config, world, device):
     if config["data"] in data.SOURCES:                                      # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
-    run = together(lambda: prepare(args, config, world))
+    run = together(lambda: prepare(args, config, world, device))
     model, criterion, start, stop, total, out = run.model, run.criterion, run.start, run.stop, run.total, run.out
     accumulate, steps_per_epoch = config["batch_size"] // (run.micro_batch * world), run.batches.steps_per_epoch
 
@@ -493,10 +528,8 @@ def train(args, config, world, device):
     if args.compile:
         model.compile()
     replica = replicate(model, device, world, accumulate)
-    log, picture, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "recon.png", "last.pt"))
-    bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-    stream = iter(data.loader(run.views, run.batches, loader_workers(args), device.type == "cuda"))
-    first_loss, since, clock, saved = None, start, time.time(), time.time()
+    curve, picture, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "recon.png", "last.pt"))
+    log, stream, saved = Log(curve, LINE, start, total, config["batch_size"]), iter(run.stream), time.time()
 
     model.train()
     for step in range(start, stop):
@@ -504,7 +537,7 @@ def train(args, config, world, device):
         factor = learning_rate(config, step, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        parts = torch.zeros(3, device=device)
+        parts = torch.zeros(len(PARTS), device=device)
         for micro in range(accumulate):
             image, mask = (tensor.to(device, non_blocking=True) for tensor in next(stream))
             image = data.normalize(image)
@@ -514,24 +547,22 @@ def train(args, config, world, device):
                     reconstruction = replica(image, mask)
                 loss = criterion(reconstruction, image, mask)               # in float32
                 scaler.scale(loss["loss"] / accumulate).backward()
-            parts += torch.stack([loss[k].detach() for k in ("loss", "spatial", "frequency")]) / accumulate
+            parts += torch.stack([loss[name].detach() for name in PARTS]) / accumulate
         update(model, optimizer, scaler, config["clip"])
-        bar.update()
 
         done = step + 1
+        log.bar.update()
+        log.flush()                                                         # what the step before computed
         if done % args.log_every == 0 or done in (start + 1, stop):
-            means = mean_over_ranks(parts)
-            speed, clock, since = (done - since) * config["batch_size"] / (time.time() - clock), time.time(), done
-            first_loss = first_loss or means[0]
+            log.add(dict(step=done, epoch=step // steps_per_epoch + 1, lr=config["lr"] * factor), PARTS, parts)
+        if done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60:
+            log.flush()
             if RANK == 0:
-                report(log, bar, dict(step=done, epoch=step // steps_per_epoch + 1, loss=means[0], spatial=means[1],
-                                      frequency=means[2], lr=config["lr"] * factor, images_per_second=speed), LINE)
-        if RANK == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
-            draw(picture, model, *(tensor.to(device) for tensor in run.shown))
-            weights.write(checkpoint, snapshot(done))
+                draw(picture, model, *(tensor.to(device) for tensor in run.shown))
+                weights.write(checkpoint, snapshot(done))
             saved = time.time()
-    bar.close()
-    say(f"Loss {first_loss:.4f} -> {means[0]:.4f}. Pictures: {picture}; weights: {checkpoint}; curve: {log}.")
+    log.bar.close()
+    say(f"Loss {log.first['loss']:.4f} -> {log.last['loss']:.4f}. Pictures: {picture}; weights: {checkpoint}; curve: {curve}.")
     if done == total:
         say("Next: your own images, python train.py --data FOLDER; a CNN, --arch resnet_nano; the baseline, --method simmim.")
     else:
