@@ -35,7 +35,7 @@ STANDINS = {
 
 def spatial_loss(d, mask, rho=l1):
     """Σ M·ρ(d) / (3 · (ΣM + 1e-5)). d: (B, 3, H, W); mask: (B, 1, H, W), 1 = masked. Source: SimMIM's loss."""
-    return (mask * rho(d)).sum() / (d.shape[1] * (mask.sum() + 1e-5))
+    return (mask * rho(d).sum(1, keepdim=True)).sum() / (d.shape[1] * (mask.sum() + 1e-5))      # channels first: less to multiply
 
 
 def spectrum(d):
@@ -59,7 +59,7 @@ def focal_frequency(d, average=True, log=True, alpha=1.0, maximum="batch"):
     if maximum not in ("batch", "image", None):
         raise ValueError(f"unknown maximum {maximum!r}: choose 'batch', 'image' or None")
     if average:
-        d = d.mean(0, keepdim=True)                     # the mean of spectra is the spectrum of the mean
+        d = d.sum(0, keepdim=True) / len(d)             # the mean of spectra is the spectrum of the mean
     D, columns = spectrum(d)
     power = D.real.square() + D.imag.square()           # |D|²
     with torch.no_grad():                               # w is a weight, not a way to lower the loss
@@ -123,17 +123,17 @@ class A2MIMLoss:
         if any(side % blocks for side, blocks in zip(d.shape[-2:], mask.shape[-2:])):
             raise ValueError(f"a mask of {tuple(mask.shape[-2:])} does not divide images of {tuple(d.shape[-2:])}")
         M = F.interpolate(mask[:, None].to(d.dtype), size=d.shape[-2:], mode="nearest-exact")   # (B, 1, H, W)
-        spatial = spatial_loss(d, M, self.rho)
-        if self.frequency is None:
-            return {"loss": spatial, "spatial": spatial, "frequency": torch.zeros_like(spatial)}
-        M_f = M + (1 - M) * self.visible
-        # x̃ = M_f·x̂ + (1−M_f)·r, so x̃ − x = M_f·d + (1−M_f)·(r − x); and as F is linear, F(x̃) − F(x) = F(x̃ − x)
-        error = torch.lerp(self.standin(d, x), d, M_f)
-        if self.frequency == "focal":
-            frequency = focal_frequency(error, **self.focal)
-        else:
-            frequency = frequency_elementwise(error, ELEMENTWISE[self.frequency])
-        return {"loss": spatial + self.weight * frequency, "spatial": spatial, "frequency": frequency}
+        frequency = torch.zeros_like(d[0, 0, 0, 0])
+        if self.frequency is not None:
+            M_f = M + (1 - M) * self.visible
+            # x̃ = M_f·x̂ + (1−M_f)·r, so x̃ − x = M_f·d + (1−M_f)·(r − x); and as F is linear, F(x̃) − F(x) = F(x̃ − x)
+            error = torch.lerp(self.standin(d, x), d, M_f)
+            if self.frequency == "focal":
+                frequency = focal_frequency(error, **self.focal)
+            else:
+                frequency = frequency_elementwise(error, ELEMENTWISE[self.frequency])
+        spatial = spatial_loss(d, M, self.rho)          # last, so that backward starts here and frees d before the rest
+        return {"loss": spatial + self.weight * frequency if self.frequency else spatial, "spatial": spatial, "frequency": frequency}
 
 
 # ------------------------------------------------------------------------------------------------ downstream tasks
