@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 def l1(d):
     """ρ(d) = |d|."""
-    return d.abs()
+    return F.leaky_relu(d, -1.0)                        # d.abs(), but for a backward pass without a tensor of signs
 
 
 def focal_l1(d, alpha=0.2, gamma=1.0):
@@ -23,11 +23,11 @@ def focal_l1(d, alpha=0.2, gamma=1.0):
 
 ELEMENTWISE = {"l1": l1, "focal_l1": focal_l1}
 
-# r − x, where r stands in for x̂ at visible pixels and carries no gradient: error d, target x -> r − x. "mixed" is the
-# official code's, "prediction" the paper's equation.
+# r − x, where r stands in for x̂ at visible pixels and carries no gradient: error d, target x -> r − x, a new tensor.
+# "mixed" is the official code's, "prediction" the paper's equation.
 STANDINS = {
     "mixed": lambda d, x: d.detach() / 2,                                  # r = ½ sg(x̂) + ½ x: r − x = ½ sg(d)
-    "prediction": lambda d, x: d.detach(),                                 # r = sg(x̂)
+    "prediction": lambda d, x: d.detach().clone(),                         # r = sg(x̂)
     "target": lambda d, x: torch.zeros_like(x),                            # r = x
     "mean": lambda d, x: x.mean((2, 3), keepdim=True) - x,                 # r = the image's mean
 }
@@ -125,13 +125,14 @@ class A2MIMLoss:
         M = F.interpolate(mask[:, None].to(d.dtype), size=d.shape[-2:], mode="nearest-exact")   # (B, 1, H, W)
         frequency = torch.zeros_like(d[0, 0, 0, 0])
         if self.frequency is not None:
-            M_f = M + (1 - M) * self.visible
+            M_f = M + (1 - M) * self.visible if self.visible else M
             # x̃ = M_f·x̂ + (1−M_f)·r, so x̃ − x = M_f·d + (1−M_f)·(r − x); and as F is linear, F(x̃) − F(x) = F(x̃ − x)
-            error = torch.lerp(self.standin(d, x), d, M_f)
+            error = self.standin(d, x).lerp_(d, M_f)
             if self.frequency == "focal":
                 frequency = focal_frequency(error, **self.focal)
             else:
                 frequency = frequency_elementwise(error, ELEMENTWISE[self.frequency])
+            del error                                   # an image's worth of memory a sample, before the next
         spatial = spatial_loss(d, M, self.rho)          # last, so that backward starts here and frees d before the rest
         return {"loss": spatial + self.weight * frequency if self.frequency else spatial, "spatial": spatial, "frequency": frequency}
 
