@@ -244,18 +244,18 @@ class Step:
         size = [] if img_size is None else ["--img-size", str(img_size)]
         self.config = train.resolve(train.parse(["--arch", arch, *size]))
         model, self.criterion = train.build(self.config)
-        self.model = self.call = train.place(model, DEVICE, 1).train()
+        self.model = train.place(model, DEVICE, 1).train()
         self.optimizer = train.make_optimizer(self.model, self.config)
         self.autocast, self.scaler = train.precision(amp, DEVICE)
         size, grid = self.config["img_size"], self.config["img_size"] // self.config["mask_size"]
         self.image = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(DEVICE)
         self.mask = masking.random_mask(batch, grid, self.config["mask_ratio"]).to(DEVICE)
 
-    def __call__(self, mark=lambda name: None):
+    def __call__(self, model=None, mark=lambda name: None):
         image = data.normalize(self.image)
         mark("bytes to floats")
         with self.autocast():
-            reconstruction = self.call(image, self.mask)
+            reconstruction = (self.model if model is None else model)(image, self.mask)
         mark("forward")
         loss = self.criterion(reconstruction, image, self.mask)["loss"]
         mark("loss")
@@ -264,7 +264,7 @@ class Step:
         train.update(self.model, self.optimizer, self.scaler, self.config["clip"])
         mark("optimizer")
 
-    def split(self):
+    def split(self, model):
         """{part: seconds}, one after the other."""
         parts, last = {}, [time.perf_counter()]
 
@@ -272,7 +272,7 @@ class Step:
             wait()
             parts[name], last[0] = time.perf_counter() - last[0], time.perf_counter()
 
-        self(mark)
+        self(model, mark)
         return parts
 
     def flops(self):
@@ -286,22 +286,20 @@ def bench_step(args):
     """Training steps: model FLOP/s (matrix products and convolutions) as a share of the machine's fastest matrix product."""
     rows = []
     for arch in args.arch or ["vit_b", "resnet50"]:
-        step = Step(arch, args.batch or (train.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 16), amp=args.amp)
+        step = Step(arch, args.batch or (train.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8), amp=args.amp)
         batch, flops = len(step.image), step.flops()
         with step.autocast():
             dtype = torch.get_autocast_dtype(DEVICE.type) if torch.is_autocast_enabled(DEVICE.type) else torch.float32
-        peak, works = matmul_peak(dtype, args.runs), {"eager": step}
-        compiled, problem = Step(arch, batch, amp=args.amp), None
-        compiled.model.load_state_dict(step.model.state_dict())
-        compiled.call = torch.compile(compiled.model)
+        peak, models, problem = matmul_peak(dtype, args.runs), {"eager": step.model}, None
+        compiled = torch.compile(step.model)
         try:
-            compiled()
-            works["compiled"] = compiled
+            step(compiled)
+            models["compiled"] = compiled
         except Exception as error:                                          # no compiler on the machine, say
             problem = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-        seconds = in_turn(args.runs, works, arch)
-        for name, work in works.items():
-            parts = [work.split() for _ in range(args.runs)]
+        seconds = in_turn(args.runs, {name: functools.partial(step, model) for name, model in models.items()}, arch)
+        for name, model in models.items():
+            parts = [step.split(model) for _ in range(args.runs)]
             whole = statistics.median(seconds[name])
             rows.append({"arch": arch, "how": name, "batch": batch, "images/s": batch / whole, "TFLOP/s": flops * batch / whole / 1e12,
                          "share of peak %": 100 * flops * batch / whole / peak, f"peak TFLOP/s ({str(dtype)[6:]})": peak / 1e12,
@@ -416,7 +414,7 @@ def main(argv=None):
     parser.add_argument("--images", type=train.count, default=2000, help="loader: of each folder, at most (2000)")
     parser.add_argument("--arch", nargs="+", choices=train.RECIPES, metavar="ARCH",
                         help="architectures (step: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
-    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 16, on a GPU the recipe's micro-batch; scaling: 32 a process)")
+    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 8, on a GPU the recipe's micro-batch; scaling: 32 a process)")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision of step and memory (auto)")
     parser.add_argument("--runs", type=train.count, default=5, help="repetitions, of which medians are taken (5)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")

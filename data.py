@@ -285,7 +285,7 @@ class Packed:
                 raise ValueError(f"{root} is a {str(found)[:40]!r}, this program reads {FORMAT!r}: pack the images again")
             counts, size = [about[name]["images"] for name in ("train", "val")], about["bytes"]
             self.classes, self.empty = (list(map(str, about["train" if split == "train" else "val"][k])) for k in ("classes", "empty"))
-            index = np.memmap(os.path.join(root, "index.bin"), RECORD, "r")
+            index = np.asarray(np.memmap(os.path.join(root, "index.bin"), RECORD, "r"))
             self.file = open(self.path, "rb", buffering=0)
             whole = os.path.getsize(self.path) == size and len(index) == sum(counts)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
