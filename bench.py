@@ -312,13 +312,16 @@ def bench_step(args):
 
 # ------------------------------------------------------------------------------------------------ growth
 
+SIZES, BATCHES = (96, 192, 288, 384), (8, 16, 32, 64)                       # of images in pixels; images in a step
+
+
 def bench_memory(args):
     """Memory that a training step needs beyond weights, images and optimizer, and its time; more than the machine has: not run."""
     rows = []
     for arch in args.arch or ["deit_t", "resnet50"]:
-        for size in (96, 192, 288, 384):
+        for size in SIZES:
             used = 0
-            for batch in (8, 16, 32, 64):
+            for batch in BATCHES:
                 free = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
                 if 3 * used > free:                                         # twice as much, and some air
                     continue

@@ -277,22 +277,23 @@ class Packed:
     """
 
     def __init__(self, root, split):
-        self.root, self.split, self.path = root, split, os.path.join(root, "images.bin")
+        self.root, self.split = root, split
         try:
             with open(os.path.join(root, "pack.json")) as file:
                 about = json.load(file)
-            if (found := about["format"]) != FORMAT:
-                raise ValueError(f"{root} is a {str(found)[:40]!r}, this program reads {FORMAT!r}: pack the images again")
-            counts, size = [about[name]["images"] for name in ("train", "val")], about["bytes"]
-            self.classes, self.empty = (list(map(str, about["train" if split == "train" else "val"][k])) for k in ("classes", "empty"))
-            index = np.asarray(np.memmap(os.path.join(root, "index.bin"), RECORD, "r"))
-            self.file = open(self.path, "rb", buffering=0)
-            whole = os.path.getsize(self.path) == size and len(index) == sum(counts)
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            if about["format"] == FORMAT:
+                counts, size = [about[name]["images"] for name in ("train", "val")], about["bytes"]
+                self.classes, self.empty = (list(map(str, about["train" if split == "train" else "val"][k])) for k in ("classes", "empty"))
+                index = np.asarray(np.memmap(os.path.join(root, "index.bin"), RECORD, "r"))
+                self.file = open(os.path.join(root, "images.bin"), "rb", buffering=0)
+                there = os.fstat(self.file.fileno()).st_size
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{root} is a half-written or damaged pack ({type(error).__name__}): pack the images again") from None
-        if not whole:
-            raise ValueError(f"{root} is a truncated pack ({os.path.getsize(self.path):,} of {size:,} bytes, {len(index):,} of "
-                             f"{sum(counts):,} records): pack the images again")
+        if about["format"] != FORMAT:
+            raise ValueError(f"{root} is a {str(about['format'])[:40]!r}, this program reads {FORMAT!r}: pack the images again")
+        if there != size or len(index) != sum(counts):
+            raise ValueError(f"{root} is a truncated pack ({there:,} of {size:,} bytes, {len(index):,} of {sum(counts):,} records): "
+                             "pack the images again")
         parts = dict(train=index[:counts[0]], val=index[counts[0]:], test=index[0 if about.get("test_is_all") else counts[0]:])
         self.index = parts[split]
         self.labels = self.index["label"]
@@ -313,7 +314,7 @@ class Packed:
             image = torch.from_numpy(payload)
             return image.view(height, width, 3).permute(2, 0, 1) if height else decode_image(image, ImageReadMode.RGB), label
         except (OSError, OverflowError, RuntimeError, ValueError) as error:
-            raise BadImage(f"{self.path}: image {index} of {self.split} is damaged ({error}): pack the images again") from None
+            raise BadImage(f"{self.root}: image {index} of {self.split} is damaged ({error}): pack the images again") from None
 
 
 def checksum(record, payload):

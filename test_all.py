@@ -9,19 +9,27 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import bench
 import data
 import finetune
 import losses
@@ -1800,6 +1808,315 @@ def test_published_command_with_a_small_batch(tmp_path):
     """torchrun … train.py --arch vit_b as it stands, but for the number of processes, the batch and the steps."""
     log = torchrun(2, tmp_path / "vit_b", "--arch", "vit_b", "--batch-size", "4", "--steps", "1", "--workers", "1")
     assert len(log) == 1 and 0.5 < log[0]["loss"] < 3 and log[0]["lr"] == pytest.approx(4e-4 * 4 / 2048 / 10240)
+
+
+# ------------------------------------------------------------------------------------------------ speed: loader, packs, the loop, bench.py
+
+def test_crops_are_pils(tmp_path):
+    """The same boxes cut by PIL differ by rounding only; torchvision's own function gives the same bytes."""
+    image = data.Shapes(300, count=1)[0][0]
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "i.jpg", quality=95)
+    image, photo = data.read_image(str(tmp_path / "i.jpg")), Image.open(tmp_path / "i.jpg").convert("RGB")
+    for seed, (kind, scale) in itertools.product(range(6), ((data.BILINEAR, (0.67, 1.0)), (data.BICUBIC, (0.08, 0.2)))):
+        ours = data.random_resized_crop(image, 112, scale, data.generator(seed), interpolation=kind)
+        box, flip = data.crop_box(300, 300, scale, data.generator(seed))
+        for there, most in ((photo, 0.3), (image, 0.0)):
+            crop = data.TF.resized_crop(there, *box, [112, 112], kind, antialias=True)
+            crop = data.TF.horizontal_flip(crop) if flip else crop
+            crop = crop if torch.is_tensor(crop) else torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+            assert (crop.float() - ours.float()).abs().mean() <= most
+        assert ours.dtype == torch.uint8
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Class folders of PNG files: 36 of 32 px, and of other sizes, one of them tall."""
+    root = tmp_path_factory.mktemp("pictures")
+    for kind in range(3):
+        (root / f"class{kind}").mkdir()
+        for i, (size, side) in enumerate([(32, 32)] * 12 + [(90, 90), (300, 200)]):
+            image = data.Shapes(size, count=200)[10 * i + kind][0][..., :side]
+            torchvision.io.write_png(image, str(root / f"class{kind}" / f"{i}.png"))
+    return root
+
+
+def test_pack_holds_the_images(pictures, tmp_path, capsys):
+    for name, size, quality in (("jpeg", 100, 92), ("raw", 0, "raw")):
+        data.main(["pack", str(pictures), str(tmp_path / name), "--size", str(size), "--quality", str(quality), "--workers", "1"])
+        assert "42 images" in (said := capsys.readouterr()).out and "Now --data" in said.out and not said.err
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(name)) == [name]     # nothing half-written left
+        for split in ("train", "val", "test"):
+            files, packed = data.Folder(pictures, split), data.open_source(str(tmp_path / name), split, 32)
+            assert isinstance(packed, data.Packed) and len(packed) == len(files) and packed.classes == files.classes
+            if split != "test":                                             # there, those for training come first
+                assert np.array_equal(packed.labels, files.labels)
+                for i in range(len(files)):
+                    (there, label), (image, packed_label) = files[i], packed[i]
+                    assert label == packed_label
+                    if quality == "raw" or there.shape[-1] <= 64:
+                        assert torch.equal(image, there)
+                    else:                                                   # as much worse as a JPEG of that quality, and no more
+                        small = data.TF.resize(there, [min(100, there.shape[-1])], data.BICUBIC, antialias=True)
+                        jpeg = io.BytesIO()
+                        Image.fromarray(small.permute(1, 2, 0).numpy()).save(jpeg, "JPEG", quality=92)
+                        lossy = torch.from_numpy(np.array(Image.open(jpeg))).permute(2, 0, 1)
+                        error, usual = ((other.float() - small).square().mean().sqrt() for other in (image, lossy))
+                        assert image.shape == small.shape and 0.5 * usual < error < 1.5 * usual
+    again = pickle.loads(pickle.dumps(packed))                              # as a worker that is not forked gets it
+    assert torch.equal(again[3][0], packed[3][0]) and len(again) == len(packed)
+    with pytest.raises(IndexError):
+        packed[len(packed)]
+
+
+def test_packs_keep_what_sources_say(tmp_path):
+    """Splits of their own stay, class folders without images are named as before, an unreadable image is left out and named."""
+    root = tmp_path / "set"
+    write_images(root, [f"{s}/{c}/{i}.png" for s, n in (("train", 6), ("val", 2)) for c in "ab" for i in range(n)])
+    (root / "val" / "c").mkdir()
+    (root / "train" / "a" / "9.jpg").write_text("hello")
+    images, problems = data.pack(str(root), str(tmp_path / "set.pack"))
+    assert images == 16 and len(problems) == 1 and "9.jpg is no readable image" in problems[0]
+    sizes = {split: len(data.Packed(str(tmp_path / "set.pack"), split)) for split in ("train", "val", "test")}
+    assert sizes == dict(train=12, val=4, test=4)
+    assert data.Packed(str(tmp_path / "set.pack"), "val").empty == data.Folder(root, "val").empty == ["c"]
+    flat = tmp_path / "flat"
+    write_images(flat, [f"{i}.png" for i in range(40)])
+    data.pack(str(flat), str(tmp_path / "flat.pack"))
+    assert (data.Packed(str(tmp_path / "flat.pack"), "train").labels == -1).all()
+
+
+def test_training_from_a_pack_is_training_from_files(pictures, tmp_path):
+    data.main(["pack", str(pictures), str(tmp_path / "pack"), "--size", "0", "--quality", "raw", "--workers", "0"])
+    losses_of = {}
+    for name, path in (("files", pictures), ("pack", tmp_path / "pack")):
+        options = ["--data", str(path), "--batch-size", "12", "--log-every", "1", "--workers", "0"]
+        train.main(["--img-size", "32", "--steps", "5", "--out", str(tmp_path / name), *options])
+        finetune.main(["--protocol", "scratch-small", "--img-size", "32", "--steps", "4", "--out", str(tmp_path / f"tuned-{name}"), *options])
+        losses_of[name] = [entry.get("loss") or entry["top1"] for run in (name, f"tuned-{name}")
+                           for entry in map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())]
+    assert losses_of["files"] == losses_of["pack"] and len(losses_of["files"]) >= 10
+
+
+def test_damaged_packs(pictures, tmp_path, capsys):
+    data.pack(str(pictures), str(tmp_path / "pack"), quality="raw", size=0)
+
+    def damaged(name, file, change):
+        copy = tmp_path / name
+        shutil.copytree(tmp_path / "pack", copy)
+        content = change((copy / file).read_bytes())
+        (copy / file).unlink() if content is None else (copy / file).write_bytes(content)
+        return copy
+
+    flip = lambda at: lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+    huge = np.array([(2 ** 63, 2 ** 31, 0, 2 ** 31, 2 ** 31, 0)], data.RECORD).tobytes()
+    cases = [("short", "images.bin", lambda c: c[:-1], "truncated"), ("index", "index.bin", lambda c: c[:-28], "truncated"),
+             ("odd", "index.bin", lambda c: c[:-1], "half-written or damaged"), ("none", "pack.json", lambda c: None, "half-written"),
+             ("text", "pack.json", lambda c: b"hello", "half-written or damaged"), ("list", "pack.json", lambda c: b"[1]", "damaged"),
+             ("version", "pack.json", lambda c: c.replace(b"pack 1", b"pack 2"), "this program reads 'nanoA2MIM pack 1'"),
+             ("other", "pack.json", lambda c: c.replace(b'"classes"', b'"kinds"'), "damaged"),
+             ("pixel", "images.bin", lambda c: bytes(b ^ 1 for b in c), "is damaged"),
+             ("label", "index.bin", lambda c: b"".join(flip(12)(c[i:i + 28]) for i in range(0, len(c), 28)), "is damaged"),
+             ("outside", "index.bin", lambda c: huge * (len(c) // 28), "is damaged")]
+    for name, file, change, says in cases:
+        path = damaged(name, file, change)
+        before = {p: p.read_bytes() for p in path.iterdir()}
+        with pytest.raises(SystemExit) as error:
+            train.main(["--data", str(path), "--out", str(tmp_path / "run"), "--batch-size", "8", "--img-size", "32", "--workers", "0"])
+        said = capsys.readouterr().err.splitlines()
+        assert error.value.code == 2 and len(said) == 1 and says in said[0] and "pack the images again" in said[0], (name, said)
+        assert {p: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
+    """Killed while it writes, or on a full disk: no pack, nothing else changed, and the same command works afterwards."""
+    out, partial = tmp_path / "pack", tmp_path / "pack.partial"
+    command = [sys.executable, "data.py", "pack", str(pictures), str(out), "--workers", "0"]
+    slowly = ("import time, data; encode = data.Encoder.__getitem__\n"
+              "data.Encoder.__getitem__ = lambda self, i: time.sleep(0.1) or encode(self, i)\n"
+              f"data.main({command[2:]!r})")
+    killed = subprocess.Popen([sys.executable, "-c", slowly], cwd=HERE)
+    while not (partial / "images.bin").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    killed.kill()
+    killed.wait()
+    assert not out.exists() and sorted(p.name for p in partial.iterdir()) == ["images.bin", "index.bin", "pack.json"]
+    with pytest.raises(ValueError, match="half-written"):
+        data.open_source(str(partial), "train", 32)
+    shutil.rmtree(partial)
+    partial.mkdir()
+    (partial / "images.bin").symlink_to("/dev/full")                        # a disk without room
+    full = process(command[1:])
+    assert full.returncode == 2 and "No space left" in full.stderr and "Traceback" not in full.stderr and len(full.stderr.splitlines()) == 1
+    assert not out.exists() and not partial.exists()
+    partial.mkdir()
+    (partial / "images.bin").write_text("what a killed one left")
+    done = process(command[1:])
+    assert done.returncode == 0 and not partial.exists() and len(data.Packed(str(out), "train")) == 33
+    before = (out / "images.bin").read_bytes()
+    again = process(command[1:])
+    assert again.returncode == 2 and "exists: choose another name" in again.stderr and (out / "images.bin").read_bytes() == before
+
+
+@pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 is negative"), ("{p} {t}/x --quality 101", "not in 1..100"),
+                                          ("{p} {t}/x --quality best", "invalid"), ("{t}/missing {t}/x", "no folder"),
+                                          ("{p}", "required: OUT"), ("{p} /dev/null/x", "Not a directory")])
+def test_bad_input_of_pack_is_one_line(options, says, pictures, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        data.main(["pack", *options.format(p=pictures, t=tmp_path).split(" "), "--workers", "0"])
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and says in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+class Waiting(TorchDispatchMode):
+    """Notes each operation for which the host would wait for the GPU: blocking copies. (Reading a number of a fake tensor raises.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.devices = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        into, outof = ({t.device.type for t in tree_leaves(each) if torch.is_tensor(t)} for each in (out, (args, kwargs)))
+        self.devices |= into
+        if str(function.overloadpacket) in ("aten._to_copy", "aten.copy_") and {"cpu", "cuda"} == into | outof:
+            asynchronous = (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
+            if not asynchronous:
+                self.found.append(str(function))
+        return out
+
+
+class Event:
+    def record(self):
+        pass
+
+
+@pytest.mark.parametrize("script,arch", [(train, "vit_nano"), (train, "resnet_nano"), (finetune, "vit_nano"), (finetune, "resnet_nano")])
+def test_the_loop_never_waits_for_the_gpu(script, arch, pictures, tmp_path, monkeypatch):
+    """The training loop itself, on a GPU that is not there: fake tensors have a device, and no numbers to read."""
+    steps, cuda, fake, watch, held = 6, torch.device("cuda", 0), FakeTensorMode(allow_non_fake_inputs=True), Waiting(), {}
+    reads, image, label = [], torch.zeros(6, 3, 32, 32, dtype=torch.uint8), torch.zeros(6, dtype=torch.int64)
+    second = label if script is finetune else torch.zeros(6, 4, 4)
+
+    def place(model, device, world):                                        # from here on, nothing is real
+        monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+        model = model.to("meta")
+        held["modes"].enter_context(fake)
+        held["model"] = model.to_empty(device=device)
+        return held["model"]
+
+    def backward(loss):
+        assert loss.device == cuda
+        for p in held["model"].parameters():
+            p.grad = torch.empty_like(p)
+        if len(held["factors"]) == 2:                                       # constants are there after the first step
+            held["modes"].enter_context(watch)
+
+    def learning_rate(*_):
+        held["factors"] = held.get("factors", []) + [1]
+        return 1.0
+
+    def flush(log):
+        if log.pending is not None:
+            reads.append((log.pending[0]["step"], len(held["factors"])))
+            log.first = log.last = dict(loss=1.0)
+            log.pending = None
+
+    def loader(views, batches, workers, pin, collate=None):
+        assert pin                                                          # page-locked, or a copy cannot be asynchronous
+        return [(image, second)] * (2 * steps)
+
+    for owner, name, value in ((train, "start_processes", lambda: (1, cuda)), (train, "place", place), (train, "learning_rate", learning_rate),
+                               (train, "draw", lambda *_: None), (weights, "write", lambda *_: None), (train.Log, "flush", flush),
+                               (data, "loader", loader), (torch.Tensor, "backward", backward), (torch.cuda, "Event", Event),
+                               (torch, "manual_seed", lambda seed: None), (finetune, "evaluate", lambda *_: dict(top1=0.0, n=1)),
+                               (finetune, "finish", lambda *_, **__: None)):
+        monkeypatch.setattr(owner, name, value)
+    argv = ["--arch", arch, "--data", str(pictures), "--img-size", "32", "--batch-size", "12", "--micro-batch", "6", "--steps", str(steps),
+            "--epochs", "4", "--log-every", "2", "--amp", "bf16", "--out", str(tmp_path)]
+    with contextlib.ExitStack() as modes:
+        held["modes"] = modes
+        script.main(argv + (["--eval-every", "9"] if script is finetune else []))
+        assert watch.found == [] and "cuda" in watch.devices
+        with pytest.raises(Exception, match="_local_scalar_dense"):         # the trap works: reading a number,
+            bool(torch.ones((), device=cuda) > 0)
+        torch.tensor([1.0], device=cuda)                                    # and a copy that blocks
+        assert watch.found
+    data.constants.cache_clear()
+    assert reads == [(1, 2), (2, 3), (4, 5), (6, 6)]                        # each in the next step, the last at the end
+
+
+@pytest.mark.parametrize("arch,options", [("vit_nano", {}), ("vit_nano", dict(token="replace", fill="none")), ("resnet_nano", dict(fill="zero"))])
+def test_compiled_and_in_bf16(arch, options):
+    """One graph, forward and backward; under bf16, loss and gradient are those of float32 to its precision."""
+    torch.manual_seed(0)
+    model = models.build(arch, 32, **options)
+    image, mask = data.normalize(torch.stack([data.Shapes(32)[i][0] for i in range(8)])), masking.random_mask(8, 4, 0.6)
+    criterion = losses.A2MIMLoss()
+
+    def gradient(call, amp):
+        with train.precision(amp, torch.device("cpu"))[0]():
+            reconstruction = call(image, mask)
+        loss = criterion(reconstruction, image, mask)["loss"]
+        assert loss.dtype == torch.float32
+        return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    loss, expected = gradient(model, "off")
+    explained = torch._dynamo.explain(model)(image, mask)
+    assert explained.graph_count == 1 and explained.graph_break_count == 0
+    compiled_loss, compiled = gradient(torch.compile(model, backend="aot_eager", fullgraph=True), "off")
+    assert relative(compiled_loss, loss) < 1e-6 and relative(compiled, expected) < 1e-4
+    half_loss, half = gradient(model, "bf16")
+    assert 0 < relative(half_loss, loss) < 0.01 and 0 < relative(half, expected) < 0.1
+
+
+def test_channels_last_changes_nothing():
+    torch.manual_seed(0)
+    model, image, mask = models.build("resnet_nano", 32), torch.randn(4, 3, 32, 32), masking.random_mask(4, 4, 0.6)
+    expected = model(image, mask)
+    placed = train.place(model, torch.device("cpu"), 1)
+    assert placed.encoder.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert placed.encoder.stem(image).is_contiguous(memory_format=torch.channels_last)
+    assert relative(placed(image, mask), expected) < 1e-5
+
+
+def test_loss_needs_little_memory():
+    """What bench.py counts: exactly what is allocated, and for our loss, less than half of that of two FFTs."""
+    assert bench.peak_memory(lambda: torch.ones(1000, 1000).add(1).sum()) == pytest.approx(8e6, rel=0.01)
+    rows = bench.bench_loss(SimpleNamespace(batch=8, runs=1))
+    ours, theirs = (next(row for row in rows if row["loss"] == name) for name in ("ours", "two FFTs, complex"))
+    assert ours["peak MB"] < 0.5 * theirs["peak MB"] and max(row["value"] for row in rows) < 1e-6 and max(row["gradient"] for row in rows) < 1e-6
+
+
+def test_bench_commands(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SIZES", (32,))
+    monkeypatch.setattr(bench, "BATCHES", (2, 4))
+    bench.main(["loader", "step", "memory", "--data", str(pictures), "--arch", "vit_nano", "--batch", "4", "--runs", "1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["runs"] == 1
+    table = {(row["crop"][:3], row["source"]): row for row in found["loader"]}
+    assert len(table) == 8 and all(row["images/s, one core"] > 0 for row in table.values())
+    assert table["pre", "files, PIL"]["× PIL"] == 1 and table["pre", "files"]["difference"] < 1 and table["fin", "pack"]["difference"] < 2
+    assert [row["how"][:8] for row in found["step"]] == ["eager", "compiled"]
+    eager = found["step"][0]
+    assert 0 < eager["share of peak %"] < 100 and sum(v for k, v in eager.items() if k in ("forward %", "loss %", "backward %")) < 100
+    small, large = found["memory"]
+    assert large["peak MB"] == pytest.approx(2 * small["peak MB"], rel=0.3)
+    bench.main(["loss", "--batch", "2", "--runs", "1"])
+    assert "two FFTs" in capsys.readouterr().out
+    for argv, says in ((["speed"], "no table 'speed'"), (["loader", "--data", str(tmp_path / "missing")], "no folder"), (["step", "--arch", "x"], "invalid choice")):
+        with pytest.raises(SystemExit) as error:
+            bench.main(argv)
+        said = capsys.readouterr().err
+        assert error.value.code == 2 and says in said and len(said.splitlines()) == 1
+
+
+def test_step_flops_are_counted():
+    """2 FLOPs a multiplication, forward and twice that backward: a ViT-B image is close to 3 · 2 · 17.6 G."""
+    step = bench.Step("vit_nano", 2, 64)
+    tokens, dim, mlp, depth = 65, 96, 384, 4
+    block = tokens * dim * (4 * dim + 2 * mlp) + 2 * tokens ** 2 * dim
+    assert step.flops() == pytest.approx(3 * 2 * (depth * block + 64 * dim * 3 * 64 * 2), rel=0.03)
 
 
 # ------------------------------------------------------------------------------------------------ README.md

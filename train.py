@@ -415,6 +415,7 @@ def start_folder(out, state, resumed, files):
 @torch.no_grad()
 def draw(path, model, image, mask):
     """Four rows, a column an image: original, masked, reconstruction, composite (reconstruction where masked)."""
+    image, mask = (tensor.to(model.decoder[0].weight.device) for tensor in (image, mask))
     image = data.normalize(image)
     prediction = model.eval().forward(image, mask)                          # not compiled: another batch size
     model.train()
@@ -558,7 +559,7 @@ def train(args, config, world, device):
         if done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60:
             log.flush()
             if RANK == 0:
-                draw(picture, model, *(tensor.to(device) for tensor in run.shown))
+                draw(picture, model, *run.shown)
                 weights.write(checkpoint, snapshot(done))
             saved = time.time()
     log.bar.close()
