@@ -307,10 +307,41 @@ def bench_step(args):
                         | {part + " %": 100 * statistics.median(p[part] / sum(p.values()) for p in parts) for part in parts[0]})
         if problem:
             rows.append({"arch": arch, "how": f"compiled: {problem}"})
+        for path in args.data or []:
+            speed = fed(step, path, args)
+            rows.append({"arch": arch, "how": f"eager, fed by the loader from {path}", "images/s": speed,
+                         "of those without": speed / batch * statistics.median(seconds["eager"])})
     return rows
 
 
+def fed(step, path, args):
+    """Images a second of steps on images from --data, from when all batches that were loaded ahead are used up."""
+    batch, size, grid = len(step.image), step.image.shape[-1], step.mask.shape[-1]
+    source, workers = data.open_source(path, "train", size), max(1, min(8, CORES - 1))
+    ahead, steps = 2 * workers + 1, 2 * workers + 4 * args.runs
+    views = data.Views(source, functools.partial(train.view, size=size, scale=step.config["crop_scale"]))
+    collate = functools.partial(train.collate, grid=grid, ratio=step.config["mask_ratio"])
+    stream = iter(data.loader(views, data.Batches(len(source), batch, batch, 0, ahead + steps), workers, DEVICE.type == "cuda", collate))
+    for i in range(ahead + steps):
+        if i == ahead:
+            wait()
+            began = time.perf_counter()
+        step.image, step.mask = (tensor.to(DEVICE, non_blocking=True) for tensor in next(stream))
+        step()
+    wait()
+    return steps * batch / (time.perf_counter() - began)
+
+
 # ------------------------------------------------------------------------------------------------ growth
+
+def free_memory():
+    """Bytes that could be had."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
+        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    return float("inf")
+
 
 SIZES, BATCHES = (96, 192, 288, 384), (8, 16, 32, 64)                       # of images in pixels; images in a step
 
@@ -322,8 +353,7 @@ def bench_memory(args):
         for size in SIZES:
             used = 0
             for batch in BATCHES:
-                free = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-                if 3 * used > free:                                         # twice as much, and some air
+                if 2.2 * used > free_memory():                              # twice as much, and some air
                     continue
                 step = Step(arch, batch, size, args.amp)
                 used = peak_memory(step)
@@ -413,7 +443,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (all)")
-    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="loader: folders of images (300 built-in ones, as JPEG files)")
+    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="loader: folders of images (300 built-in ones, as JPEG files); step: "
+                        "whatever train.py takes, packs too, for steps on what the loader brings (random images only)")
     parser.add_argument("--images", type=train.count, default=2000, help="loader: of each folder, at most (2000)")
     parser.add_argument("--arch", nargs="+", choices=train.RECIPES, metavar="ARCH",
                         help="architectures (step: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
