@@ -37,7 +37,7 @@ import losses
 import masking
 import train
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = data.cores()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -38,6 +38,10 @@ class BadImage(ValueError):
     """An image file that cannot be decoded."""
 
 
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 # ------------------------------------------------------------------------------------------------ random streams
 
 def key(*numbers):
@@ -282,7 +286,7 @@ class Packed:
             with open(os.path.join(root, "pack.json")) as file:
                 about = json.load(file)
             if about["format"] == FORMAT:
-                counts, size = [about[name]["images"] for name in ("train", "val")], about["bytes"]
+                counts, size = [int(about[name]["images"]) for name in ("train", "val")], int(about["bytes"])
                 self.classes, self.empty = (list(map(str, about["train" if split == "train" else "val"][k])) for k in ("classes", "empty"))
                 index = np.asarray(np.memmap(os.path.join(root, "index.bin"), RECORD, "r"))
                 self.file = open(os.path.join(root, "images.bin"), "rb", buffering=0)
@@ -321,8 +325,8 @@ def checksum(record, payload):
     return zlib.crc32(payload, zlib.crc32(record.tobytes()[:-4]))           # of all of the record but itself
 
 
-class Encoder:
-    """Images as a pack holds them: `encoder[i]` is (label, height, width, bytes), or a line on why there is none."""
+class Stored:
+    """Images as a pack stores them: `stored[i]` is (label, height, width, bytes), or a line on why there is none."""
 
     def __init__(self, source, size, quality):
         self.source, self.size, self.quality = source, size, quality
@@ -340,53 +344,60 @@ class Encoder:
         return label, 0, 0, encode_jpeg(image.contiguous(), self.quality).numpy().tobytes()
 
 
-def pack(data, out, size=256, quality=92, workers=0):
-    """Write the images of --data as a pack: short sides of `size` px at most (0: as they are), JPEGs of `quality`, or raw
-    pixels (quality "raw", and all images of up to 64 × 64). `out` appears when all is written, and not before.
+def everything(source, size, quality, workers, what):
+    """All of Stored(…), in order, made by `workers` processes; how far it is, in a bar or, without a terminal, in lines."""
+    batches = [range(i, min(i + 64, len(source))) for i in range(0, len(source), 64)]
+    told = time.time()
+    with tqdm(total=len(source), desc=what, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for done, batch in enumerate(loader(Stored(source, size, quality), batches, workers, collate=list)):
+            yield from batch
+            bar.update(len(batch))
+            if bar.disable and time.time() - told > 10:
+                print(f"{what}: {64 * done:,} of {len(source):,} images", file=sys.stderr)
+                told = time.time()
 
-    Returns (images written, lines on those that could not be read). Raises ValueError and OSError.
+
+def pack(data, out, size=256, quality=92, workers=0):
+    """Write the images of --data as a pack: short sides of at most `size` px (0: as they are), as JPEGs of `quality`; images of up
+    to 64 × 64, or all with quality "raw", as their pixels. `out` appears when all of it is on the disk, and not before.
+
+    Returns (how many images, lines on those that could not be read). Raises ValueError and OSError.
     """
     out = os.path.normpath(out)
     if os.path.lexists(out):
         raise ValueError(f"{out} exists: choose another name, or remove it")
     sources = {split: open_source(data, split, size or 256) for split in ("train", "val")}
-    everything = len(open_source(data, "test", size or 256)) == sum(map(len, sources.values()))
-    about = dict(format=FORMAT, source=data, size=size, quality=quality, test_is_all=everything)
-    partial, offset, problems, told = out + ".partial", 0, [], time.time()
-    names = [os.path.join(partial, name) for name in ("images.bin", "index.bin", "pack.json")]
+    about, offset, problems = dict(format=FORMAT, source=data, size=size, quality=quality), 0, []
+    about["test_is_all"] = len(open_source(data, "test", size or 256)) == sum(map(len, sources.values()))
+    partial = out + ".partial"
+    paths = [os.path.join(partial, name) for name in ("images.bin", "index.bin", "pack.json")]
     os.makedirs(partial, exist_ok=True)
     try:
-        with open(names[0], "wb") as images, open(names[1], "wb") as index, open(names[2], "w") as rest:
-            with tqdm(total=sum(map(len, sources.values())), unit="image", disable=not sys.stderr.isatty()) as bar:
-                for split, source in sources.items():
-                    about[split] = dict(images=0, classes=source.classes, empty=getattr(source, "empty", []))
-                    order = [range(i, min(i + 64, len(source))) for i in range(0, len(source), 64)]
-                    for item in (item for batch in loader(Encoder(source, size, quality), order, workers, collate=list) for item in batch):
-                        if isinstance(item, str):
-                            problems.append(item)
-                        else:
-                            label, height, width, payload = item
-                            record = np.array((offset, len(payload), label, height, width, 0), RECORD)
-                            record["check"] = checksum(record, payload)
-                            images.write(payload)
-                            index.write(record.tobytes())
-                            offset += len(payload)
-                            about[split]["images"] += 1
-                        bar.update()
-                        if bar.disable and time.time() - told > 10:
-                            print(f"{about[split]['images']:,} of {len(source):,} images of {split}", file=sys.stderr)
-                            told = time.time()
-                    if not about[split]["images"]:
-                        raise ValueError(f"no image of {split} can be read: {problems[-1]}")
+        with open(paths[0], "wb") as images, open(paths[1], "wb") as index, open(paths[2], "w") as rest:
+            for split, source in sources.items():
+                count = 0
+                for item in everything(source, size, quality, workers, split):
+                    if isinstance(item, str):
+                        problems.append(item)
+                        continue
+                    label, height, width, payload = item
+                    record = np.array((offset, len(payload), label, height, width, 0), RECORD)
+                    record["check"] = checksum(record, payload)
+                    images.write(payload)
+                    index.write(record.tobytes())
+                    offset, count = offset + len(payload), count + 1
+                if not count:
+                    raise ValueError(f"no image of {split} can be read: {problems[-1]}")
+                about[split] = dict(images=count, classes=source.classes, empty=getattr(source, "empty", []))
             json.dump(about | dict(bytes=offset), rest)
             for file in (images, index, rest):                              # on the disk before it has its name
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(partial, out)
     except BaseException:
-        for name in names:
+        for path in paths:
             with contextlib.suppress(OSError):
-                os.remove(name)
+                os.remove(path)
         with contextlib.suppress(OSError):
             os.rmdir(partial)
         raise
@@ -532,7 +543,7 @@ def main(argv=None):
     command.add_argument("--size", type=int, default=256, help="largest short side, pixels; 0: as they are (256)")
     command.add_argument("--quality", type=lambda text: text if text == "raw" else int(text), default=92,
                          help="of JPEG, 1 to 100, or raw: pixels, no loss (92)")
-    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (the cores there are)")
+    command.add_argument("--workers", type=int, default=cores(), help="processes (the cores there are)")
     for each in (parser, command):
         each.error = lambda message: parser.exit(2, f"data.py: {message}\n")
     args, began = parser.parse_args(argv), time.time()

@@ -1931,8 +1931,8 @@ def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
     """Killed while it writes, or on a full disk: no pack, nothing else changed, and the same command works afterwards."""
     out, partial = tmp_path / "pack", tmp_path / "pack.partial"
     command = [sys.executable, "data.py", "pack", str(pictures), str(out), "--workers", "0"]
-    slowly = ("import time, data; encode = data.Encoder.__getitem__\n"
-              "data.Encoder.__getitem__ = lambda self, i: time.sleep(0.1) or encode(self, i)\n"
+    slowly = ("import time, data; encode = data.Stored.__getitem__\n"
+              "data.Stored.__getitem__ = lambda self, i: time.sleep(0.1) or encode(self, i)\n"
               f"data.main({command[2:]!r})")
     killed = subprocess.Popen([sys.executable, "-c", slowly], cwd=HERE)
     while not (partial / "images.bin").exists():

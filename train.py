@@ -290,8 +290,7 @@ def replicate(model, device, world, accumulate):
 
 def loader_workers(args):
     """Loader processes of this process: as asked, else its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
+    return min(8, data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
 
 
 def sum_over_ranks(values):
