@@ -439,7 +439,7 @@ def show(rows):
 TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step, "memory": bench_memory, "scaling": bench_scaling}
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (all)")
@@ -455,6 +455,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if wrong := [name for name in args.tables if name not in TABLES]:
         parser.error(f"there is no table {wrong[0]!r}: choose from {', '.join(TABLES)}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     machine = dict(torch=torch.__version__, python=platform.python_version(), cores=CORES, cpu=torch.backends.cpu.get_cpu_capability(),
                    device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu", runs=args.runs)
     results = {"machine": machine}
@@ -464,7 +469,8 @@ def main(argv=None):
         try:
             results[name] = TABLES[name](args)
         except (ValueError, OSError) as error:
-            parser.error(str(error))
+            print(f"bench.py: {error}", file=sys.stderr)
+            sys.exit(2)
         if not args.json:
             print(f"{name}: {TABLES[name].__doc__.strip()}\n")
             show(results[name])

@@ -215,7 +215,7 @@ class Folder:
 
     def __init__(self, root, split):
         if not os.path.isdir(root):
-            raise ValueError(f"no folder {root}: --data takes {', '.join(SOURCES)} or a folder of images")
+            raise ValueError(f"no folder {root}: --data takes {', '.join(SOURCES)}, or a folder of images, or a pack")
         parts = {name: os.path.join(root, name) for name in ("train", "val", "valid", "test")}
         parts = {name: path for name, path in parts.items() if os.path.isdir(path)}
         test = next((parts[name] for name in ("val", "valid", "test") if name in parts), None)
@@ -533,25 +533,30 @@ def open_source(data, split, size):
     return Packed(data, split) if packed else Folder(data, split)
 
 
+def quality(text):
+    """The type of --quality."""
+    if text != "raw" and not (text.isdecimal() and 1 <= int(text) <= 100):
+        raise argparse.ArgumentTypeError(f"{text} is neither in 1..100 nor raw")
+    return text if text == "raw" else int(text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("pack", help="write all images into three files that load faster", description=pack.__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = commands.add_parser("pack", help="write all images into three files that load faster", description=
+                                  "Store images small, one after another, so that loading them takes less than half of the time. OUT is a folder "
+                                  "that train.py and finetune.py take as --data; it appears when it is complete.")
     command.add_argument("source", metavar="SRC", help=f"what --data takes: a folder of images, or one of {', '.join(SOURCES)}")
     command.add_argument("out", metavar="OUT", help="the pack, a folder that does not exist yet")
     command.add_argument("--size", type=int, default=256, help="largest short side, pixels; 0: as they are (256)")
-    command.add_argument("--quality", type=lambda text: text if text == "raw" else int(text), default=92,
-                         help="of JPEG, 1 to 100, or raw: pixels, no loss (92)")
+    command.add_argument("--quality", type=quality, default=92, help="of JPEG, 1 to 100, or raw: pixels, no loss (92); images of up to 64 × 64 px are always raw")
     command.add_argument("--workers", type=int, default=cores(), help="processes (the cores there are)")
     for each in (parser, command):
         each.error = lambda message: parser.exit(2, f"data.py: {message}\n")
     args, began = parser.parse_args(argv), time.time()
     try:
-        for wrong, message in ((args.size < 0, f"--size {args.size} is negative"), (args.workers < 0, f"--workers {args.workers} is negative"),
-                               (args.quality != "raw" and not 1 <= args.quality <= 100, f"--quality {args.quality} is not in 1..100, nor raw")):
-            if wrong:
-                raise ValueError(message)
+        if min(args.size, args.workers) < 0:
+            raise ValueError(f"--size {args.size} and --workers {args.workers} may not be negative")
         images, problems = pack(args.source, args.out, args.size, args.quality, args.workers)
     except (ValueError, OSError) as error:
         print(f"data.py: {str(error).splitlines()[-1]}", file=sys.stderr)

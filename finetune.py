@@ -80,7 +80,7 @@ CHANGED = {  # options beside those of train.CONFIG: (type, help, choices)
     "arch": (str, "architecture; absent: the checkpoint's, if it is ours", train.RECIPES),
     "protocol": (str, "simmim, rsb_a3, rsb_a2, linear: as published (default: simmim for a ViT, rsb_a3 for a ResNet); small: ours, "
                       "for small images (the default of the nano presets); knn trains nothing; scratch-…: without --init", PROTOCOLS),
-    "data": (str, "a folder of class folders, or of train/ and val/ with class folders; or one of "
+    "data": (str, "a folder of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
                   f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
     "test_resize": (count, "short side of test images, pixels; absent: in proportion to img_size", None),
     "test_crop": (count, "side of their central crop, pixels; absent: in proportion to img_size", None),

@@ -1800,7 +1800,7 @@ def test_fine_tuning_on_two_processes(labelled, tmp_path):
 def test_processes_fail_together(tmp_path):
     done = process(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--data", tmp_path / "nowhere"])
     assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("train.py:")] == [
-        f"train.py: no folder {tmp_path / 'nowhere'}: --data takes {', '.join(data.SOURCES)} or a folder of images"]
+        f"train.py: no folder {tmp_path / 'nowhere'}: --data takes {', '.join(data.SOURCES)}, or a folder of images, or a pack"]
     assert "train.py\", line" not in done.stderr                             # torchrun's own report, but none of ours
 
 
@@ -1925,6 +1925,10 @@ def test_damaged_packs(pictures, tmp_path, capsys):
         said = capsys.readouterr().err.splitlines()
         assert error.value.code == 2 and len(said) == 1 and says in said[0] and "pack the images again" in said[0], (name, said)
         assert {p: p.read_bytes() for p in path.iterdir()} == before
+    packed = data.Packed(str(tmp_path / "pack"), "train")
+    os.truncate(tmp_path / "pack" / "images.bin", 100)                      # while it is in use
+    with pytest.raises(data.BadImage, match="is damaged"):
+        packed[len(packed) - 1]
 
 
 def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
@@ -1958,8 +1962,8 @@ def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
     assert again.returncode == 2 and "exists: choose another name" in again.stderr and (out / "images.bin").read_bytes() == before
 
 
-@pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 is negative"), ("{p} {t}/x --quality 101", "not in 1..100"),
-                                          ("{p} {t}/x --quality best", "invalid"), ("{t}/missing {t}/x", "no folder"),
+@pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 and"), ("{p} {t}/x --quality 101", "neither in 1..100 nor raw"),
+                                          ("{p} {t}/x --quality best", "best is neither"), ("{t}/missing {t}/x", "no folder"),
                                           ("{p}", "required: OUT"), ("{p} /dev/null/x", "Not a directory")])
 def test_bad_input_of_pack_is_one_line(options, says, pictures, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
@@ -2166,6 +2170,17 @@ def test_readme_finetune_commands_are_protocols(monkeypatch):
             assert published.items() <= config.items(), command
 
 
+def test_readme_commands_of_packs_and_bench(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "path" / "to" / "imagenet", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(3)])
+    monkeypatch.chdir(tmp_path)
+    packs, benches = readme_commands("data.py"), readme_commands("bench.py")
+    assert len(packs) >= 1 and len(benches) >= 5
+    for command in packs:
+        data.main(shlex.split(command) + ["--workers", "0"])
+        assert "6 images" in capsys.readouterr().out
+    assert {table for command in benches for table in bench.parse(shlex.split(command)).tables} == set(bench.TABLES)
+
+
 def test_readme_code_runs(tmp_path, monkeypatch):
     """The Python blocks, as printed, where the files they read exist."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
@@ -2181,7 +2196,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("main,words", [(train.main, ["--micro-batch", "recipe"]), (finetune.main, ["--protocol", "--freeze", "--k", "LAMB"]),
-                                        (weights.main, ["show", "export"])])
+                                        (weights.main, ["show", "export"]), (data.main, ["pack"]), (bench.main, ["loader", "--runs", "--json"])])
 def test_help_teaches(main, words, capsys):
     with pytest.raises(SystemExit) as done:
         main(["--help"])

@@ -89,7 +89,7 @@ count, positive, share = number(int, 1), number(float, 0), number(float, 0, 1)
 CONFIG = {  # key of the configuration: (type of --key, help, choices); the recipe's value where the option is absent
     "arch": (str, "architecture, and with it the recipe", RECIPES),
     "method": (str, "published method, or baseline", METHODS),
-    "data": (str, "a folder of images, of class folders, or of train/ and val/ with class folders; or one of "
+    "data": (str, "a folder of images, of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
                   f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
     "img_size": (count, "side of the square training crops, pixels", None),
     "epochs": (count, "passes over the training images", None),
@@ -281,7 +281,8 @@ def place(model, device, world):
 
 
 def replicate(model, device, world, accumulate):
-    """What to call in training: the model, on several processes wrapped so that they exchange gradients."""
+    """What to call in training: the model, on several processes wrapped so that they exchange gradients. (Buffers need no
+    exchange: they are constants, or statistics that synchronised batch norms agree on.)"""
     if world == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
@@ -305,7 +306,7 @@ def say(text):
 
 
 class Log:
-    """log.jsonl and the progress bar of a run. What the device still computes is written a step late: it never waits for the host."""
+    """log.jsonl and the progress bar of a run. What a GPU still computes is written a step late, so that it never waits for us."""
 
     def __init__(self, path, text, start, total, batch_size):
         self.path, self.text, self.batch_size, self.first, self.last, self.pending = path, text, batch_size, None, None, None
@@ -319,6 +320,8 @@ class Log:
         if sent:
             sent.record()
         self.pending = entry, names, host, sent
+        if sent is None:                                                    # on a CPU there is nothing to wait for
+            self.flush()
 
     def flush(self):
         """Write the entry on its way, if there is one."""
