@@ -562,7 +562,7 @@ def tune(args, config, run, model, test_loader, world, device, autocast, scaler)
         log.bar.update()
         log.flush()                                                         # what the step before computed
         if done % args.log_every == 0 or done in (start + 1, stop):
-            log.add(dict(step=done, epoch=epoch, lr=config["lr"] * factor), ["loss"], loss)
+            log.add(dict(step=done, epoch=epoch, loss=None, lr=config["lr"] * factor), loss)
         if done == stop or done % steps_per_epoch == 0 and epoch % args.eval_every == 0:
             log.flush()
             began = time.time()

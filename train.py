@@ -313,13 +313,13 @@ class Log:
         self.bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
         self.step, self.clock = start, time.time()
 
-    def add(self, entry, names, values):
-        """An entry {"step": …, …} and, of all processes, the mean of a tensor of values, sent on its way to the host."""
+    def add(self, entry, values):
+        """An entry {"step": …, "loss": None, …}; for what is None, the means over all processes of a tensor, sent on their way."""
         values = sum_over_ranks(values) / (dist.get_world_size() if dist.is_initialized() else 1)
         host, sent = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
         if sent:
             sent.record()
-        self.pending = entry, names, host, sent
+        self.pending = entry, host, sent
         if sent is None:                                                    # on a CPU there is nothing to wait for
             self.flush()
 
@@ -327,10 +327,10 @@ class Log:
         """Write the entry on its way, if there is one."""
         if self.pending is None:
             return
-        entry, names, host, sent = self.pending
+        entry, host, sent = self.pending
         if sent:
             sent.synchronize()                                              # with the end of that step, not of the one begun since
-        self.pending, self.last = None, entry | dict(zip(names, host.tolist()))
+        self.pending, self.last = None, entry | dict(zip([key for key, value in entry.items() if value is None], host.tolist()))
         self.first = self.first or self.last
         speed = (entry["step"] - self.step) * self.batch_size / (time.time() - self.clock)
         self.step, self.clock = entry["step"], time.time()
@@ -557,7 +557,7 @@ def train(args, config, world, device):
         log.bar.update()
         log.flush()                                                         # what the step before computed
         if done % args.log_every == 0 or done in (start + 1, stop):
-            log.add(dict(step=done, epoch=step // steps_per_epoch + 1, lr=config["lr"] * factor), PARTS, parts)
+            log.add(dict(step=done, epoch=step // steps_per_epoch + 1) | dict.fromkeys(PARTS) | dict(lr=config["lr"] * factor), parts)
         if done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60:
             log.flush()
             if RANK == 0:
