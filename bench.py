@@ -1,6 +1,6 @@
 """How fast, against what, and how far from the limit.
 
-  python bench.py                                          every table below
+  python bench.py                                          every table below, in about twenty minutes
   python bench.py loader --data path/to/photos             from disk to batch, beside the usual PIL pipeline
   python bench.py loss                                     our frequency loss, beside two FFTs of every image
   python bench.py step --arch vit_b resnet50               a training step, beside this machine's own matrix product
@@ -136,16 +136,16 @@ def photos(folder, count):
 
 
 def throughput(views, collate, images, batch, workers=0):
-    """Images a second of the real loader. With workers, from when the first batch is there."""
-    rounds = 1 if workers == 0 else max(1, 2000 // images)
-    stream = iter(data.loader(views, data.Batches(images, batch, batch, 0, rounds * (images // batch)), workers, False, collate))
-    began, count = time.perf_counter(), 0
-    if workers:
+    """Images a second of the real loader. With workers, from when all batches that were begun together are there."""
+    ahead = 3 * workers
+    steps = images // batch if workers == 0 else max(20, 2000 // batch)
+    stream = iter(data.loader(views, data.Batches(images, batch, batch, 0, ahead + steps), workers, False, collate))
+    for _ in range(ahead):
         next(stream)
-        began = time.perf_counter()
-    for picture, _ in stream:
-        count += len(picture)
-    return count / (time.perf_counter() - began)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(stream)
+    return steps * batch / (time.perf_counter() - began)
 
 
 def bench_loader(args):
@@ -154,6 +154,9 @@ def bench_loader(args):
     difference: mean |ours − PIL's| of crops, in 1/255; of the pack's, its smaller images' rounding and JPEG included.
     """
     rows = []
+    for path in args.data or []:
+        if not os.path.isdir(path) or data.is_pack(path):
+            raise ValueError(f"the loader's table compares files: {path} is no folder of images")
     with tempfile.TemporaryDirectory() as folder:
         for number, path in enumerate(args.data or [photos(folder, 300)]):
             files, pack = data.Folder(path, "test"), os.path.join(folder, f"pack{number}")
@@ -180,7 +183,7 @@ def bench_loader(args):
                 for name, (views, _) in sources.items():
                     compared = [(0, i, i) for i in range(0, images, max(1, images // 100))] if name in ("files", "pack") else []
                     differ = [np.abs(views[s][0].permute(1, 2, 0).numpy().astype(float) - np.asarray(pil.crop(s))).mean() for s in compared]
-                    rows.append({"images": f"{os.path.basename(path)} → {size} px", "crop": crop, "source": name,
+                    rows.append({"images": f"{os.path.basename(os.path.normpath(path)) if args.data else 'built-in, as JPEG'} → {size} px", "crop": crop, "source": name,
                                  "images/s, one core": statistics.median(one[name]), "× PIL": ratio(one[name], one["files, PIL"]),
                                  f"images/s, {CORES} workers": statistics.median(every[name]),
                                  "difference": statistics.mean(differ) if differ else None})
@@ -221,7 +224,7 @@ def bench_loss(args):
     def both_ways(value):
         torch.autograd.grad(value(), reconstruction)
 
-    found = {name: (value(), torch.autograd.grad(value(), reconstruction)[0]) for name, value in values.items()}
+    found = {name: (value().detach(), torch.autograd.grad(value(), reconstruction)[0]) for name, value in values.items()}
     memory = {name: peak_memory(lambda: both_ways(value)) for name, value in values.items()}
     for count in sorted({1, CORES}) if DEVICE.type == "cpu" else [1]:
         with threads(count):
@@ -285,6 +288,8 @@ class Step:
 def bench_step(args):
     """Training steps: model FLOP/s (matrix products and convolutions) as a share of the machine's fastest matrix product."""
     rows = []
+    for path in args.data or []:
+        data.open_source(path, "train", 32)                                 # a wrong path, before minutes are spent
     for arch in args.arch or ["vit_b", "resnet50"]:
         step = Step(arch, args.batch or (train.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8), amp=args.amp)
         batch, flops = len(step.image), step.flops()
@@ -469,7 +474,7 @@ def main(argv=None):
         try:
             results[name] = TABLES[name](args)
         except (ValueError, OSError) as error:
-            print(f"bench.py: {error}", file=sys.stderr)
+            print("bench.py: " + str(error).strip().splitlines()[-1].removeprefix("data.BadImage: "), file=sys.stderr)
             sys.exit(2)
         if not args.json:
             print(f"{name}: {TABLES[name].__doc__.strip()}\n")

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torchvision.io import ImageReadMode, decode_image, encode_jpeg
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg, encode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -194,12 +194,16 @@ def read_image(path):
     """An image file as uint8 (3, H, W), upright, first frame. Raises BadImage."""
     try:
         image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)
-        return image[0] if image.ndim == 4 else image                       # a GIF comes with its frames
-    except RuntimeError:                                                    # BMP, TIFF, 16 bits: Pillow can
+        image = image[0] if image.ndim == 4 else image                      # a GIF comes with its frames
+        return image if image.dtype == torch.uint8 else (image.int() // 257).byte()     # 16 bits a channel
+    except RuntimeError:                                                    # BMP and TIFF: Pillow can
         pass
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                                  # 16 bits; Pillow's own conversion cuts them off at 255
+                image = Image.fromarray((np.array(image) // 257).clip(0, 255).astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:                                              # decoders fail in many ways
         raise BadImage(f"{path} is no readable image ({type(error).__name__}): remove or replace it") from None
 
@@ -231,7 +235,8 @@ class Folder:
         if not found:
             raise ValueError(f"no images ({' '.join(EXTENSIONS)}) in {self.root}")
         self.classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})
-        self.empty = sorted({entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != "."} - set(self.classes))
+        self.empty = sorted({entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != "."
+                             and not is_pack(entry.path)} - set(self.classes))
         if hold_out:
             held = set(range(0, len(found), len(found) // max(len(found) // 100, min(8, len(found) // 4), 1)))
             found = [path for i, path in enumerate(found) if (i in held) == (split != "train")]
@@ -268,8 +273,13 @@ class Download:
 
 # ------------------------------------------------------------------------------------------------ packed images
 
+NAMES = "images.bin", "index.bin", "pack.json"
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("height", "<u4"), ("width", "<u4"), ("check", "<u4")])
 FORMAT = "nanoA2MIM pack 1"
+
+
+def is_pack(path):
+    return sum(os.path.exists(os.path.join(path, name)) for name in NAMES) > 1          # what is left of one, too
 
 
 class Packed:
@@ -286,17 +296,20 @@ class Packed:
             with open(os.path.join(root, "pack.json")) as file:
                 about = json.load(file)
             if about["format"] == FORMAT:
-                counts, size = [int(about[name]["images"]) for name in ("train", "val")], int(about["bytes"])
-                self.classes, self.empty = (list(map(str, about["train" if split == "train" else "val"][k])) for k in ("classes", "empty"))
+                counts, self.size = [about[name]["images"] for name in ("train", "val")], about["bytes"]
+                self.classes, self.empty = (about["train" if split == "train" else "val"][key] for key in ("classes", "empty"))
+                if (any(type(number) is not int or number < 0 for number in (*counts, self.size)) or not type(self.classes) is type(self.empty) is list
+                        or not all(isinstance(name, str) for name in self.classes + self.empty)):
+                    raise ValueError
                 index = np.asarray(np.memmap(os.path.join(root, "index.bin"), RECORD, "r"))
                 self.file = open(os.path.join(root, "images.bin"), "rb", buffering=0)
                 there = os.fstat(self.file.fileno()).st_size
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{root} is a half-written or damaged pack ({type(error).__name__}): pack the images again") from None
         if about["format"] != FORMAT:
             raise ValueError(f"{root} is a {str(about['format'])[:40]!r}, this program reads {FORMAT!r}: pack the images again")
-        if there != size or len(index) != sum(counts):
-            raise ValueError(f"{root} is a truncated pack ({there:,} of {size:,} bytes, {len(index):,} of {sum(counts):,} records): "
+        if there != self.size or len(index) != sum(counts):
+            raise ValueError(f"{root} is a truncated pack ({there:,} of {self.size:,} bytes, {len(index):,} of {sum(counts):,} records): "
                              "pack the images again")
         parts = dict(train=index[:counts[0]], val=index[counts[0]:], test=index[0 if about.get("test_is_all") else counts[0]:])
         self.index = parts[split]
@@ -311,13 +324,15 @@ class Packed:
     def __getitem__(self, index):
         record = self.index[index]
         offset, length, label, height, width, check = record.item()
-        payload = np.empty(length, np.uint8)
-        try:                                                                # no mapped memory: a failing disk would kill the process
+        try:
+            if not (offset + length <= self.size and -1 <= label < len(self.classes) and height * width * 3 in (0, length) and length):
+                raise ValueError("its record leads nowhere")
+            payload = np.empty(length, np.uint8)                            # no mapped memory: a failing disk would kill the process
             if os.preadv(self.file.fileno(), [payload], offset) != length or checksum(record, payload) != check:
                 raise ValueError("its checksum differs")
             image = torch.from_numpy(payload)
-            return image.view(height, width, 3).permute(2, 0, 1) if height else decode_image(image, ImageReadMode.RGB), label
-        except (OSError, OverflowError, RuntimeError, ValueError) as error:
+            return image.view(height, width, 3).permute(2, 0, 1) if height else decode_jpeg(image, ImageReadMode.RGB), label
+        except (OSError, RuntimeError, ValueError) as error:
             raise BadImage(f"{self.root}: image {index} of {self.split} is damaged ({error}): pack the images again") from None
 
 
@@ -346,14 +361,15 @@ class Stored:
 
 def everything(source, size, quality, workers, what):
     """All of Stored(…), in order, made by `workers` processes; how far it is, in a bar or, without a terminal, in lines."""
-    batches = [range(i, min(i + 64, len(source))) for i in range(0, len(source), 64)]
-    told = time.time()
+    batches = [range(i, min(i + 8, len(source))) for i in range(0, len(source), 8)]    # few: photographs may be large
+    done, told = 0, time.time()
     with tqdm(total=len(source), desc=what, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for done, batch in enumerate(loader(Stored(source, size, quality), batches, workers, collate=list)):
+        for batch in loader(Stored(source, size, quality), batches, workers, collate=list):
             yield from batch
             bar.update(len(batch))
+            done += len(batch)
             if bar.disable and time.time() - told > 10:
-                print(f"{what}: {64 * done:,} of {len(source):,} images", file=sys.stderr)
+                print(f"{what}: {done:,} of {len(source):,} images", file=sys.stderr)
                 told = time.time()
 
 
@@ -364,14 +380,21 @@ def pack(data, out, size=256, quality=92, workers=0):
     Returns (how many images, lines on those that could not be read). Raises ValueError and OSError.
     """
     out = os.path.normpath(out)
-    if os.path.lexists(out):
-        raise ValueError(f"{out} exists: choose another name, or remove it")
+    partial = out + ".partial"
+    if os.path.lexists(out) or out in SOURCES:
+        raise ValueError(f"{out} {'exists' if os.path.lexists(out) else 'is a name that --data knows'}: choose another name, or remove it")
     sources = {split: open_source(data, split, size or 256) for split in ("train", "val")}
     about, offset, problems = dict(format=FORMAT, source=data, size=size, quality=quality), 0, []
-    about["test_is_all"] = len(open_source(data, "test", size or 256)) == sum(map(len, sources.values()))
-    partial = out + ".partial"
-    paths = [os.path.join(partial, name) for name in ("images.bin", "index.bin", "pack.json")]
-    os.makedirs(partial, exist_ok=True)
+    test = open_source(data, "test", size or 256)
+    if test.classes != sources["val"].classes:                              # of a folder with val/, but without train/
+        raise ValueError(f"{data} has images to test on, but no train/: pack the folder with those images")
+    about["test_is_all"] = len(test) == sum(map(len, sources.values()))
+    paths = [os.path.join(partial, name) for name in NAMES]
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    try:
+        os.mkdir(partial)
+    except FileExistsError:
+        raise ValueError(f"{partial} exists: another pack is being written, or one was killed and left it; remove it then") from None
     try:
         with open(paths[0], "wb") as images, open(paths[1], "wb") as index, open(paths[2], "w") as rest:
             for split, source in sources.items():
@@ -387,7 +410,7 @@ def pack(data, out, size=256, quality=92, workers=0):
                     index.write(record.tobytes())
                     offset, count = offset + len(payload), count + 1
                 if not count:
-                    raise ValueError(f"no image of {split} can be read: {problems[-1]}")
+                    raise ValueError(f"{data} has no image for {split}" + (f" that can be read: {problems[-1]}" if problems else ""))
                 about[split] = dict(images=count, classes=source.classes, empty=getattr(source, "empty", []))
             json.dump(about | dict(bytes=offset), rest)
             for file in (images, index, rest):                              # on the disk before it has its name
@@ -529,8 +552,7 @@ def open_source(data, split, size):
     """The source behind --data: a row of SOURCES, a pack, or a folder (write ./shapes for a folder of that name)."""
     if data in SOURCES:
         return SOURCES[data](split, size)
-    packed = any(os.path.exists(os.path.join(data, name)) for name in ("pack.json", "index.bin"))
-    return Packed(data, split) if packed else Folder(data, split)
+    return Packed(data, split) if is_pack(data) else Folder(data, split)
 
 
 def quality(text):
@@ -546,7 +568,7 @@ def main(argv=None):
     command = commands.add_parser("pack", help="write all images into three files that load faster", description=
                                   "Store images small, one after another, so that loading them takes less than half of the time. OUT is a folder "
                                   "that train.py and finetune.py take as --data; it appears when it is complete.")
-    command.add_argument("source", metavar="SRC", help=f"what --data takes: a folder of images, or one of {', '.join(SOURCES)}")
+    command.add_argument("source", metavar="SRC", help=f"what --data takes: a folder of images, a pack, or one of {', '.join(SOURCES)}")
     command.add_argument("out", metavar="OUT", help="the pack, a folder that does not exist yet")
     command.add_argument("--size", type=int, default=256, help="largest short side, pixels; 0: as they are (256)")
     command.add_argument("--quality", type=quality, default=92, help="of JPEG, 1 to 100, or raw: pixels, no loss (92); images of up to 64 × 64 px are always raw")
@@ -558,9 +580,12 @@ def main(argv=None):
         if min(args.size, args.workers) < 0:
             raise ValueError(f"--size {args.size} and --workers {args.workers} may not be negative")
         images, problems = pack(args.source, args.out, args.size, args.quality, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {str(error).splitlines()[-1]}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:                    # of which the last is a worker that was killed
+        print(f"data.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("data.py: interrupted, nothing is left behind", file=sys.stderr)
+        sys.exit(130)
     for line in problems:
         print(f"left out: {line}", file=sys.stderr)
     print(f"{args.out}: {images:,} images, {sum(e.stat().st_size for e in os.scandir(args.out)) / 1e6:,.1f} MB, {time.time() - began:.0f} s"

@@ -352,12 +352,13 @@ def open_labelled(config, split, task):
         return data.Shapes(config["img_size"], split, target=task), None
     source = data.open_source(config["data"], split, config["img_size"])
     if getattr(source, "empty", None):
-        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it")
+        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it"
+                         + (", where the pack came from" if isinstance(source, data.Packed) else ""))
     where, labelled = getattr(source, "root", config["data"]), (source.labels >= 0).nonzero()[0]
     if not len(labelled):
         raise ValueError(f"the images of {where} have no labels: put those of each class in a folder of its own")
     if len(source.classes) < 2:
-        raise ValueError(f"{where} has one class only, {source.classes[0]}: nothing to tell apart")
+        raise ValueError(f"{where} has one class only, {' '.join(source.classes)}: nothing to tell apart")
     return torch.utils.data.Subset(source, labelled), list(source.classes)
 
 

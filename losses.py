@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 def l1(d):
     """ρ(d) = |d|."""
-    return F.leaky_relu(d, -1.0)                        # d.abs(), but for a backward pass without a tensor of signs
+    return d.abs()
 
 
 def focal_l1(d, alpha=0.2, gamma=1.0):
@@ -118,8 +118,8 @@ class A2MIMLoss:
         self.focal = dict(average=average, log=log, alpha=alpha, maximum=maximum)
 
     def __call__(self, reconstruction, target, mask):
-        x = at_least_float32(target)
-        d = at_least_float32(reconstruction) - x                                        # d = x̂ − x
+        d = at_least_float32(reconstruction) - at_least_float32(target)                 # d = x̂ − x
+        x = target.to(d.dtype)
         if any(side % blocks for side, blocks in zip(d.shape[-2:], mask.shape[-2:])):
             raise ValueError(f"a mask of {tuple(mask.shape[-2:])} does not divide images of {tuple(d.shape[-2:])}")
         M = F.interpolate(mask[:, None].to(d.dtype), size=d.shape[-2:], mode="nearest-exact")   # (B, 1, H, W)

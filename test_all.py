@@ -673,6 +673,17 @@ def test_folders(tmp_path):
             data.Folder(str(wrong), "train")
 
 
+def png_of_16_bits(image):
+    """(H, W, 3) uint16 as a PNG file, which Pillow cannot write."""
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    H, W, _ = image.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    header = W.to_bytes(4, "big") + H.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def test_image_formats(tmp_path):
     picture = Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], dtype=np.uint8), np.ones((16, 16), dtype=np.uint8)))
     for name, mode in (("grey.jpg", "L"), ("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("alpha.png", "RGBA"), ("bits.png", "1"),
@@ -682,6 +693,12 @@ def test_image_formats(tmp_path):
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8, name
         if mode != "1":
             assert (image.float().mean(0)[[4, 4, 27, 27], [4, 27, 4, 27]] - torch.tensor([0., 80, 160, 240])).abs().max() < 12, name
+    deep = 257 * np.array(picture).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    torchvision.io.write_file(str(tmp_path / "deep_rgb.png"), torch.frombuffer(bytearray(png_of_16_bits(np.stack([deep] * 3, -1))), dtype=torch.uint8))
+    for name in ("deep.png", "deep.tif", "deep_rgb.png"):
+        assert torch.equal(data.read_image(str(tmp_path / name)), torch.from_numpy(np.array(picture)).expand(3, 32, 32)), name
     exif = Image.Exif()
     exif[0x0112] = 6                                                        # shot with the camera turned
     picture.save(tmp_path / "turned.jpg", exif=exif)
@@ -1907,6 +1924,13 @@ def test_damaged_packs(pictures, tmp_path, capsys):
         (copy / file).unlink() if content is None else (copy / file).write_bytes(content)
         return copy
 
+    pixels = (tmp_path / "pack" / "images.bin").read_bytes()
+
+    def checked(offset, length, label, height, width):                      # a record whose checksum is right
+        record = np.array((offset, length, label, height, width, 0), data.RECORD)
+        record["check"] = data.checksum(record, pixels[offset:offset + length])
+        return record.tobytes()
+
     flip = lambda at: lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
     huge = np.array([(2 ** 63, 2 ** 31, 0, 2 ** 31, 2 ** 31, 0)], data.RECORD).tobytes()
     cases = [("short", "images.bin", lambda c: c[:-1], "truncated"), ("index", "index.bin", lambda c: c[:-28], "truncated"),
@@ -1914,9 +1938,16 @@ def test_damaged_packs(pictures, tmp_path, capsys):
              ("text", "pack.json", lambda c: b"hello", "half-written or damaged"), ("list", "pack.json", lambda c: b"[1]", "damaged"),
              ("version", "pack.json", lambda c: c.replace(b"pack 1", b"pack 2"), "this program reads 'nanoA2MIM pack 1'"),
              ("other", "pack.json", lambda c: c.replace(b'"classes"', b'"kinds"'), "damaged"),
+             ("deep", "pack.json", lambda c: b"[" * 100000, "damaged"), ("endless", "pack.json", lambda c: c.replace(b'"images": 33', b'"images": Infinity'), "damaged"),
+             ("less", "pack.json", lambda c: c.replace(b'"images": 33', b'"images": -5').replace(b'"images": 9', b'"images": 47'), "damaged"),
+             ("word", "pack.json", lambda c: re.sub(rb'"classes": \[[^]]*\]', b'"classes": "abc"', c), "damaged"),
              ("pixel", "images.bin", lambda c: bytes(b ^ 1 for b in c), "is damaged"),
              ("label", "index.bin", lambda c: b"".join(flip(12)(c[i:i + 28]) for i in range(0, len(c), 28)), "is damaged"),
-             ("outside", "index.bin", lambda c: huge * (len(c) // 28), "is damaged")]
+             ("outside", "index.bin", lambda c: huge * (len(c) // 28), "is damaged"),
+             ("nothing", "index.bin", lambda c: checked(0, 0, 0, 4, 0) * (len(c) // 28), "is damaged"),
+             ("class", "index.bin", lambda c: checked(0, 3072, 99, 32, 32) * (len(c) // 28), "is damaged"),
+             ("shape", "index.bin", lambda c: checked(0, 3072, 0, 32, 31) * (len(c) // 28), "is damaged"),
+             ("pixels", "index.bin", lambda c: checked(0, 3072, 0, 0, 0) * (len(c) // 28), "is damaged")]
     for name, file, change, says in cases:
         path = damaged(name, file, change)
         before = {p: p.read_bytes() for p in path.iterdir()}
@@ -1944,17 +1975,20 @@ def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
     time.sleep(1)
     killed.kill()
     killed.wait()
-    assert not out.exists() and sorted(p.name for p in partial.iterdir()) == ["images.bin", "index.bin", "pack.json"]
+    left = {p.name: p.read_bytes() for p in partial.iterdir()}
+    assert not out.exists() and sorted(left) == ["images.bin", "index.bin", "pack.json"]
     with pytest.raises(ValueError, match="half-written"):
         data.open_source(str(partial), "train", 32)
+    again = process(command[1:])                                            # might be another one that is still at it
+    assert again.returncode == 2 and "pack.partial exists" in again.stderr and {p.name: p.read_bytes() for p in partial.iterdir()} == left
     shutil.rmtree(partial)
-    partial.mkdir()
-    (partial / "images.bin").symlink_to("/dev/full")                        # a disk without room
-    full = process(command[1:])
+    full = ("import os, data\n"                                             # a disk without room
+            "mkdir = os.mkdir\n"
+            "os.mkdir = lambda path, *mode: (mkdir(path, *mode), str(path).endswith('.partial') and os.symlink('/dev/full', path + '/images.bin'))\n"
+            f"data.main({command[2:]!r})")
+    full = process(["-c", full])
     assert full.returncode == 2 and "No space left" in full.stderr and "Traceback" not in full.stderr and len(full.stderr.splitlines()) == 1
     assert not out.exists() and not partial.exists()
-    partial.mkdir()
-    (partial / "images.bin").write_text("what a killed one left")
     done = process(command[1:])
     assert done.returncode == 0 and not partial.exists() and len(data.Packed(str(out), "train")) == 33
     before = (out / "images.bin").read_bytes()
@@ -1964,7 +1998,7 @@ def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
 
 @pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 and"), ("{p} {t}/x --quality 101", "neither in 1..100 nor raw"),
                                           ("{p} {t}/x --quality best", "best is neither"), ("{t}/missing {t}/x", "no folder"),
-                                          ("{p}", "required: OUT"), ("{p} /dev/null/x", "Not a directory")])
+                                          ("{p}", "required: OUT"), ("{p} /dev/null/x", "/dev/null"), ("{p} shapes", "knows")])
 def test_bad_input_of_pack_is_one_line(options, says, pictures, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         data.main(["pack", *options.format(p=pictures, t=tmp_path).split(" "), "--workers", "0"])
