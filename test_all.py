@@ -2140,7 +2140,7 @@ def test_bench_commands(pictures, tmp_path, capsys, monkeypatch):
     table = {(row["crop"][:3], row["source"]): row for row in found["loader"]}
     assert len(table) == 8 and all(row["images/s, one core"] > 0 for row in table.values())
     assert table["pre", "files, PIL"]["× PIL"] == 1 and table["pre", "files"]["difference"] < 1 and table["fin", "pack"]["difference"] < 2
-    assert [row["how"][:9] for row in found["step"]] == ["eager", "compiled", "eager, fe"] and found["step"][2]["images/s"] > 0
+    assert [row["how"][:8] for row in found["step"]] == ["eager", "compiled", "eager, f"] and found["step"][2]["images/s"] > 0
     eager = found["step"][0]
     assert 0 < eager["share of peak %"] < 100 and sum(v for k, v in eager.items() if k in ("forward %", "loss %", "backward %")) < 100
     small, large = found["memory"]
