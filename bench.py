@@ -1,6 +1,6 @@
 """How fast, against what, and how far from the limit.
 
-  python bench.py                                          every table below, in about twenty minutes
+  python bench.py                                          every table below; half an hour on two cores
   python bench.py loader --data path/to/photos             from disk to batch, beside the usual PIL pipeline
   python bench.py loss                                     our frequency loss, beside two FFTs of every image
   python bench.py step --arch vit_b resnet50               a training step, beside this machine's own matrix product
