@@ -580,6 +580,8 @@ def launch(work, args, config):
         fail(error)
     try:
         work(args, config, *processes)
+        if dist.is_initialized():
+            dist.barrier()                                                  # nobody leaves while messages are under way
     except data.BadImage as error:                                          # found while training, by any process
         fail(error)
     finally:
