@@ -12,7 +12,6 @@ overridden. A run lives in a folder: last.pt, best.pt, log.jsonl, result.json. T
 import contextlib
 import functools
 import json
-import math
 import os
 import re
 import sys
