@@ -4,6 +4,7 @@
   python bench.py loader --data path/to/photos             from disk to batch, beside the usual PIL pipeline
   python bench.py loss                                     our frequency loss, beside two FFTs of every image
   python bench.py step --arch vit_b resnet50               a training step, beside this machine's own matrix product
+  python bench.py safety                                   what checkpoints and checks cost
   python bench.py memory --arch deit_t                     memory and time of a step, by batch and image size
   python bench.py scaling                                  processes; packs of 1,000 to 100,000 images
 
@@ -33,9 +34,11 @@ from tqdm import tqdm
 
 import data
 import finetune
+import harness
 import losses
 import masking
 import train
+import weights
 
 CORES = data.cores()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,7 +185,7 @@ def bench_loader(args):
                                                 for name, source in sources.items()}, f"{path}, {CORES} workers")
                 for name, (views, _) in sources.items():
                     compared = [(0, i, i) for i in range(0, images, max(1, images // 100))] if name in ("files", "pack") else []
-                    differ = [np.abs(views[s][0].permute(1, 2, 0).numpy().astype(float) - np.asarray(pil.crop(s))).mean() for s in compared]
+                    differ = [np.abs(views[s][0][0].permute(1, 2, 0).numpy().astype(float) - np.asarray(pil.crop(s))).mean() for s in compared]
                     rows.append({"images": f"{os.path.basename(os.path.normpath(path)) if args.data else 'built-in, as JPEG'} → {size} px", "crop": crop, "source": name,
                                  "images/s, one core": statistics.median(one[name]), "× PIL": ratio(one[name], one["files, PIL"]),
                                  f"images/s, {CORES} workers": statistics.median(every[name]),
@@ -255,7 +258,7 @@ class Step:
         self.mask = masking.random_mask(batch, grid, self.config["mask_ratio"]).to(DEVICE)
 
     def __call__(self, model=None, mark=lambda name: None):
-        image = data.normalize(self.image)
+        image, before = data.normalize(self.image), [b.clone() for b in train.statistics(self.model)]
         mark("bytes to floats")
         with self.autocast():
             reconstruction = (self.model if model is None else model)(image, self.mask)
@@ -264,7 +267,7 @@ class Step:
         mark("loss")
         self.scaler.scale(loss).backward()
         mark("backward")
-        train.update(self.model, self.optimizer, self.scaler, self.config["clip"])
+        train.update(self.model, self.optimizer, self.scaler, self.config["clip"], loss.detach(), before)
         mark("optimizer")
 
     def split(self, model):
@@ -331,10 +334,56 @@ def fed(step, path, args):
         if i == ahead:
             wait()
             began = time.perf_counter()
-        step.image, step.mask = (tensor.to(DEVICE, non_blocking=True) for tensor in next(stream))
+        step.image, step.mask = (tensor.to(DEVICE, non_blocking=True) for tensor in next(stream)[0])
         step()
     wait()
     return steps * batch / (time.perf_counter() - began)
+
+
+# ------------------------------------------------------------------------------------------------ what safety costs
+
+def bench_safety(args):
+    """What it costs to survive: checkpoints (written, synchronised with the disk, summed up; and read) every ten minutes, and the
+    checks of each step, beside clipping and optimizer alone."""
+    rows = []
+    for arch in args.arch or ["vit_b", "resnet50"]:
+        step = Step(arch, args.batch or (train.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8), amp=args.amp)
+        step()                                                              # the optimizer has its state
+        model, optimizer, clip = step.model, step.optimizer, step.config["clip"]
+        parameters, parts = list(model.parameters()), torch.ones(3, device=DEVICE)
+        gradients = [torch.full_like(p, 1e-3) for p in parameters]
+
+        def without():
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        def checked():
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient
+            before = [b.clone() for b in train.statistics(model)]
+            sums = run.agree(parts)
+            run.report(2, sums, train.update(model, optimizer, step.scaler, clip, sums[0], before), 0.0)
+
+        def snapshot():
+            return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler={})
+
+        here = os.path.dirname(os.path.abspath(__file__))                   # the disk that runs/ is on
+        with tempfile.TemporaryDirectory(dir=here) as folder:
+            options = train.parse(["--arch", arch, "--log-every", "1000000000"])
+            run = harness.Run(options, folder, step.config, 10 ** 9 * step.config["epochs"], ())
+            with run.underway(snapshot, train.PARTS, train.LINE, len(step.image)):
+                seconds = in_turn(args.runs, dict(step=step, without=without, checked=checked, write=lambda: run.save(1),
+                                                  read=lambda: weights.read(run.last, sealed=True) and None), arch)
+                size = os.path.getsize(run.last)
+        middle = {name: statistics.median(values) for name, values in seconds.items()}
+        extra = statistics.median(b - a for a, b in zip(seconds["without"], seconds["checked"]))
+        rows.append({"arch": arch, "batch": len(step.image), "step s": middle["step"], "checks ms": 1e3 * extra, "checks, % of a step": 100 * extra / middle["step"],
+                     "checkpoint MB": size / 1e6, "write s": middle["write"], "% of ten minutes": 100 * middle["write"] / 600, "read s": middle["read"]})
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ growth
@@ -382,9 +431,9 @@ def read_pack(path):
     opened = time.perf_counter() - began
     views = data.Views(source, lambda sample, generator: resident(sample))
     stream = iter(data.loader(views, data.Batches(len(source), 100, 100, 0, len(source) // 100), 1))
-    first = next(stream)
+    first, _ = next(stream)
     began = time.perf_counter() - began
-    for last in stream:
+    for last, _ in stream:
         pass
     print(json.dumps([opened, began, first.max().item(), last.max().item()]))
 
@@ -441,7 +490,7 @@ def show(rows):
         print()
 
 
-TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step, "memory": bench_memory, "scaling": bench_scaling}
+TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step, "safety": bench_safety, "memory": bench_memory, "scaling": bench_scaling}
 
 
 def parse(argv):
@@ -452,8 +501,8 @@ def parse(argv):
                         "whatever train.py takes, packs too, for steps on what the loader brings (random images only)")
     parser.add_argument("--images", type=train.count, default=2000, help="loader: of each folder, at most (2000)")
     parser.add_argument("--arch", nargs="+", choices=train.RECIPES, metavar="ARCH",
-                        help="architectures (step: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
-    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 8, on a GPU the recipe's micro-batch; scaling: 32 a process)")
+                        help="architectures (step, safety: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
+    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step, safety: 8, on a GPU the recipe's micro-batch; scaling: 32 a process)")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision of step and memory (auto)")
     parser.add_argument("--runs", type=train.count, default=5, help="repetitions, of which medians are taken (5)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")

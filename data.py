@@ -15,8 +15,11 @@ import hashlib
 import json
 import math
 import os
+import signal
+import struct
 import sys
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -34,8 +37,20 @@ FILL = [124, 116, 104]                                                      # th
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
+LARGEST = 2 * Image.MAX_IMAGE_PIXELS                                        # 179 megapixels, half a gigabyte: Pillow's limit too
+
+
 class BadImage(ValueError):
-    """An image file that cannot be decoded."""
+    """An image that cannot be read."""
+
+
+def sync_folder(folder):
+    """Have the names in a folder on the disk: until then, losing power may undo a renaming."""
+    at = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
 
 
 def cores():
@@ -87,20 +102,61 @@ class Batches:
                 yield [(epoch, first + p, batch[p]) for p in range(at, at + self.micro_batch)]
 
 
+def readable(source, index, *numbers):
+    """(source[index], None). If that image cannot be read: (another, drawn by these numbers; a line on what is wrong).
+    Raises BadImage if a hundred more cannot be read either."""
+    draw, problems = None, []
+    while len(problems) <= 100:
+        try:
+            return source[index], problems[0] if problems else None
+        except BadImage as error:
+            problems.append(str(error))
+        draw = draw or generator(*numbers, "instead")
+        index = int(torch.randint(len(source), (), generator=draw))
+    raise BadImage(f"{problems[0]}; nor are a hundred others")
+
+
 class Views(torch.utils.data.Dataset):
-    """What training sees of a source: `view(source[index], generator)`, for each (epoch, position, index)."""
+    """What training sees of a source: `view(source[index], generator)`, for each (epoch, position, index), and None; or
+    if that image cannot be read, of another in its place, and a line on it."""
 
     def __init__(self, source, view, seed=0):
         self.source, self.view, self.seed = source, view, seed
 
     def __getitem__(self, sample):
         epoch, position, index = sample
-        return self.view(self.source[index], generator(self.seed, epoch, position))
+        found, problem = readable(self.source, index, self.seed, epoch, position)
+        return self.view(found, generator(self.seed, epoch, position)), problem
+
+
+class TestViews(Views):
+    """What evaluation sees: of an image that cannot be read a black one, whose label is none."""
+
+    def __getitem__(self, sample):
+        try:
+            return self.view(self.source[sample[2]], None), None
+        except BadImage as error:
+            return self.view((torch.zeros(3, 8, 8, dtype=torch.uint8), -1), None), str(error)
+
+
+def collated(samples, collate):
+    views, problems = zip(*samples)
+    return collate(views), [problem for problem in problems if problem]
+
+
+def ignore_signals(worker=None):
+    """Those that stop a run are for its main process; without its workers it could not finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(views, batches, workers=0, pin=False, collate=None):
-    """The batches, made by `workers` processes ahead of time. Yields what the view returns, stacked (or collated)."""
-    return torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin, collate_fn=collate)
+    """The batches, made by `workers` processes ahead of time: what is at their indices, stacked (or collated); of Views,
+    (this, the lines on images that could not be read)."""
+    if isinstance(views, Views):
+        collate = functools.partial(collated, collate=collate or torch.utils.data.default_collate)
+    return torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin, collate_fn=collate,
+                                       worker_init_fn=ignore_signals)
 
 
 # ------------------------------------------------------------------------------------------------ transforms
@@ -140,6 +196,8 @@ def center_crop(image, size):
 
 def evaluation_crop(image, resize, size):
     """What models are tested on: the short side of a uint8 image (3, H, W) at `resize` px, the central `size` × `size`."""
+    if max(image.shape[-2:]) > 4 * (short := min(image.shape[-2:])):        # of a long strip, resized whole, memory is no match
+        image = TF.center_crop(image, [min(side, 4 * short) for side in image.shape[-2:]])
     return TF.center_crop(TF.resize(image, [resize], BICUBIC, antialias=True), [size, size])
 
 
@@ -184,28 +242,56 @@ def write_picture(path, images, columns):
     """Normalised images (B, 3, H, W) as a PNG, row by row; small ones are shown larger."""
     grid = torchvision.utils.make_grid(denormalize(images).cpu(), nrow=columns, padding=2)
     times = max(1, 128 // images.shape[-1])
-    torchvision.io.write_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2), path + ".tmp")
+    png = torchvision.io.encode_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2))
+    with open(path + ".tmp", "wb") as file:
+        file.write(png.numpy().tobytes())
     os.replace(path + ".tmp", path)
 
 
 # ------------------------------------------------------------------------------------------------ folders, downloads
 
+def stated_size(file):
+    """(height, width) in the header of a JPEG or PNG, an array of bytes; None for anything else."""
+    start = file[:24].tobytes()
+    if start.startswith(b"\x89PNG\r\n\x1a\n") and len(start) == 24:
+        return struct.unpack(">II", start[16:])[::-1]
+    at = 2 if start.startswith(b"\xff\xd8") else len(file)
+    while at + 9 <= len(file):                                              # segments: a marker, a length, the rest
+        mark, kind, length, _, height, width = struct.unpack(">BBHBHH", file[at:at + 9])
+        if mark != 0xff:
+            break
+        if 0xc0 <= kind <= 0xcf and kind not in (0xc4, 0xc8, 0xcc):         # the start of the frame
+            return height, width
+        at += 2 + length
+    return None
+
+
 def read_image(path):
-    """An image file as uint8 (3, H, W), upright, first frame. Raises BadImage."""
+    """An image file as uint8 (3, H, W), upright, first frame. Raises BadImage, and that before it decodes an image of more
+    than LARGEST pixels, which a small file may well hold."""
+    def limit(height, width):
+        if height * width > LARGEST:
+            raise ValueError(f"{height} × {width} pixels are too many")
+
     try:
-        image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)
-        image = image[0] if image.ndim == 4 else image                      # a GIF comes with its frames
-        return image if image.dtype == torch.uint8 else (image.int() // 257).byte()     # 16 bits a channel
-    except RuntimeError:                                                    # BMP and TIFF: Pillow can
-        pass
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                                  # 16 bits; Pillow's own conversion cuts them off at 255
-                image = Image.fromarray((np.array(image) // 257).clip(0, 255).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        if not os.path.isfile(path) or os.path.getsize(path) > 4 * LARGEST:
+            raise ValueError("no regular file, or too large")
+        file = np.fromfile(path, np.uint8)
+        if size := stated_size(file):
+            limit(*size)
+            with contextlib.suppress(RuntimeError):                         # of which Pillow may still make something
+                image = decode_image(torch.from_numpy(file), ImageReadMode.RGB, apply_exif_orientation=True)
+                return image if image.dtype == torch.uint8 else (image.int() // 257).byte()    # 16 bits a channel
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                limit(image.height, image.width)
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):                              # 16 bits; Pillow's own conversion cuts them off at 255
+                    image = Image.fromarray((np.array(image) // 257).clip(0, 255).astype(np.uint8))
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:                                              # decoders fail in many ways
-        raise BadImage(f"{path} is no readable image ({type(error).__name__}): remove or replace it") from None
+        raise BadImage(f"{path} is no readable image ({error if type(error) is ValueError else type(error).__name__})") from None
 
 
 class Folder:
@@ -275,7 +361,7 @@ class Download:
 
 NAMES = "images.bin", "index.bin", "pack.json"
 RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("height", "<u4"), ("width", "<u4"), ("check", "<u4")])
-FORMAT = "nanoA2MIM pack 1"
+FORMAT = "nanoA2MIM pack 2"
 
 
 def is_pack(path):
@@ -294,8 +380,12 @@ class Packed:
         self.root, self.split = root, split
         try:
             with open(os.path.join(root, "pack.json")) as file:
-                about = json.load(file)
+                text = file.read()
+            about = json.loads(text)
             if about["format"] == FORMAT:
+                check = about.pop("check")
+                if text != json.dumps(about | dict(check=check)) or check != zlib.crc32(json.dumps(about).encode()):
+                    raise ValueError
                 counts, self.size = [about[name]["images"] for name in ("train", "val")], about["bytes"]
                 self.classes, self.empty = (about["train" if split == "train" else "val"][key] for key in ("classes", "empty"))
                 if (any(type(number) is not int or number < 0 for number in (*counts, self.size)) or not type(self.classes) is type(self.empty) is list
@@ -412,11 +502,13 @@ def pack(data, out, size=256, quality=92, workers=0):
                 if not count:
                     raise ValueError(f"{data} has no image for {split}" + (f" that can be read: {problems[-1]}" if problems else ""))
                 about[split] = dict(images=count, classes=source.classes, empty=getattr(source, "empty", []))
-            json.dump(about | dict(bytes=offset), rest)
+            about["bytes"] = offset
+            rest.write(json.dumps(about | dict(check=zlib.crc32(json.dumps(about).encode()))))
             for file in (images, index, rest):                              # on the disk before it has its name
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(partial, out)
+        sync_folder(os.path.dirname(out))
     except BaseException:
         for path in paths:
             with contextlib.suppress(OSError):

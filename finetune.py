@@ -26,11 +26,13 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import data
+import harness
 import losses
 import model as models
 import train
 import weights
-from train import RANK, count, number, optional, positive, say, share, sum_over_ranks, together
+from harness import RANK, fail, gather, say, sum_over_ranks, together
+from train import count, number, optional, positive, share
 
 # ------------------------------------------------------------------------------------------------ protocols
 # Those of A²MIM and its official code. lr is the one at the protocol's own batch_size.
@@ -221,31 +223,34 @@ class LAMB(torch.optim.Optimizer):
     """Layer-wise adaptive moments (You et al., arXiv 1904.00962), in the form of ResNet strikes back (arXiv 2110.00476).
 
     Gradients are clipped to a global norm of 1. AdamW's direction, decay included, is scaled by |p| / |direction| for
-    each parameter that decays (by 1 if either is 0).
+    each parameter that decays (by 1 if either is 0). found_inf, as of PyTorch's fused optimizers: 1 leaves the step out.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure=None):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         shrink = torch.nn.utils.get_total_norm(gradients).clamp(min=1.0)
+        taken = 1 - self.found_inf
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            group["step"] = t = group.get("step", 0) + 1
             for p in (p for p in group["params"] if p.grad is not None):
-                state, gradient = self.state[p], p.grad / shrink
+                state, gradient = self.state[p], torch.where(taken > 0, p.grad / shrink, 0.0)
                 if not state:
-                    state |= dict(mean=torch.zeros_like(p), square=torch.zeros_like(p))
-                state["mean"].lerp_(gradient, 1 - beta1)
-                state["square"].lerp_(gradient.square(), 1 - beta2)
+                    state |= dict(mean=torch.zeros_like(p), square=torch.zeros_like(p), steps=torch.zeros((), device=p.device))
+                state["steps"] += taken
+                t = state["steps"].double().clamp(min=1)                    # 1 − 0.999^t needs the digits
+                state["mean"].lerp_(gradient, taken * (1 - beta1))
+                state["square"].lerp_(gradient.square(), taken * (1 - beta2))
                 direction = state["mean"] / (1 - beta1 ** t) / ((state["square"] / (1 - beta2 ** t)).sqrt() + group["eps"])
                 if group["weight_decay"]:
                     direction += group["weight_decay"] * p
                     size, length = p.norm(), direction.norm()
                     direction *= torch.where((size > 0) & (length > 0), size / length, 1.0)
-                p -= group["lr"] * direction
+                p -= group["lr"] * taken * direction
 
 
 def layer_scales(model, decay):
@@ -267,8 +272,13 @@ def make_optimizer(model, config):
                 params=[], weight_decay=config["weight_decay"] if decay else 0.0, peak_lr=config["lr"] * scales[name]))
             group["params"].append(parameter)
     kind, options = {"adamw": (torch.optim.AdamW, dict(fused=True)), "lamb": (LAMB, {}),
-                     "sgd": (torch.optim.SGD, dict(momentum=0.9))}[config["optimizer"]]
-    return kind(list(groups.values()), lr=config["lr"], **options)
+                     "sgd": (torch.optim.SGD, dict(momentum=0.9, fused=True))}[config["optimizer"]]
+    optimizer = kind(list(groups.values()), lr=config["lr"], **options)
+    if kind is torch.optim.SGD:                                             # of a first step left out, it would keep what memory held
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 class EMA(AveragedModel):
@@ -295,40 +305,55 @@ def test_batches(images, batch, world):
 
 @torch.no_grad()
 def evaluate(model, loader, task, device, autocast):
-    """Metrics of a task over every image of the loaders of all processes."""
+    """(metrics of a task over every image of the loaders of all processes, lines on those that could not be read)."""
     model.eval()
     if dist.is_initialized():                                               # each process has its own batch statistics
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    total, broken, images = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device), 0
-    for image, target in tqdm(loader, "test", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
+    total, broken, images, problems = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device), 0, []
+    for (image, target), unreadable in tqdm(loader, "test", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         image, target = data.normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
         with autocast():
             output = model.forward(image).float()                           # not compiled: other batch sizes
         for i, value in enumerate(task.sums(output, target, image.shape[-1])):
             total[i] += value
         broken += ~output.isfinite().all()
-        images += len(image)
+        images += len(image) - len(unreadable)                              # whose label is none, and never hit
+        problems += unreadable
     n, broken = sum_over_ranks(torch.stack([torch.tensor(images, device=device), broken.long()])).tolist()
     if broken:
-        train.fail("the model's outputs are not finite numbers: its training has diverged (try a smaller --lr), or --init is broken")
-    return task.metrics(sum_over_ranks(total).tolist(), n) | dict(n=n)
+        fail("the model's outputs are not finite numbers: its training has diverged (try a smaller --lr), or --init is broken")
+    return task.metrics(sum_over_ranks(total).tolist(), max(n, 1)) | dict(n=n), problems
+
+
+def note_unreadable(problems, images, out, most):
+    """List images that could not be read for a test, on any process; leave if they are more than a share `most` of them."""
+    problems = sum(gather(problems), [])
+    if problems:
+        together(lambda: RANK == 0 and harness.list_bad_images(out, set(problems)))
+        where = os.path.join(out, "bad_images.txt")
+        if len(problems) > most * images:
+            fail(f"{len(problems)} of {images:,} images could not be read, more than --max-bad {most:g}: repair or remove those in "
+                 f"{where}, or allow more")
+        say(f"{len(problems)} of {images:,} images could not be read and are not counted: {where}")
 
 
 @torch.no_grad()
 def features(model, loader, images, device, autocast, world):
-    """(images, C) features of unit length and (images,) labels, in the order of the source, on every process."""
+    """(images, C) features of unit length and (images,) labels, in the order of the source, on every process (label −1: could
+    not be read); and this one's lines on those."""
     model.eval()
-    found, labels = [], []
-    for image, label in tqdm(loader, "features", disable=RANK > 0 or not sys.stderr.isatty()):
+    found, labels, problems = [], [], []
+    for (image, label), unreadable in tqdm(loader, "features", disable=RANK > 0 or not sys.stderr.isatty()):
         with autocast():
             found.append(F.normalize(model.features(data.normalize(image.to(device))).float(), dim=1))
         labels.append(label.to(device))
+        problems += unreadable
     all_features = torch.zeros(images, model.encoder.widths[-1], device=device)
     all_labels = torch.zeros(images, dtype=torch.int64, device=device)
     if found:
         all_features[RANK::world], all_labels[RANK::world] = torch.cat(found), torch.cat(labels)
-    return sum_over_ranks(all_features), sum_over_ranks(all_labels)
+    return sum_over_ranks(all_features), sum_over_ranks(all_labels), problems
 
 
 def knn(bank, labels, queries, k, temperature, classes):
@@ -341,7 +366,7 @@ def knn(bank, labels, queries, k, temperature, classes):
 
 # ------------------------------------------------------------------------------------------------ runs
 
-FILES = ("log.jsonl", "best.pt", "result.json")                             # of a run, beside last.pt
+FILES = ("best.pt", "result.json")                                          # of a run, beside what the harness writes
 LINE = "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s"
 
 
@@ -385,7 +410,8 @@ def build(args, config, classes, checkpoint):
 
 
 def prepare(args, config, world, checkpoint):
-    """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
+    """(the run, if there is training; its model and data). Whatever can be wrong is found here, before anything is written.
+    Raises ValueError and OSError."""
     usual = 256 if "nano" in config["arch"] else train.RECIPES[config["arch"]]["micro_batch"]
     training = not args.eval and config["protocol"] != "knn"
     micro_batch = (train.find_micro_batch(config["batch_size"], args.micro_batch, world, usual) if training else
@@ -400,8 +426,8 @@ def prepare(args, config, world, checkpoint):
             raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
         chosen = torch.randperm(len(source), generator=data.generator(args.seed, "labels"))[:args.labels]
         source = torch.utils.data.Subset(source, chosen.tolist())
-    for each in (source, held_out):                                         # an unreadable image, before anything is written
-        each[0]
+    for each in (source, held_out):                                         # if none can be read, now is the time to say so
+        data.readable(each, 0, args.seed, -1)
     model, loaded = build(args, config, classes, checkpoint)
     if config["protocol"] == "knn" and args.k > len(source):
         raise ValueError(f"--k {args.k} is more than the {len(source)} training images")
@@ -409,20 +435,18 @@ def prepare(args, config, world, checkpoint):
     if config["protocol"] == "knn":
         identity |= dict(k=args.k, temperature=args.temperature)
     out = args.out or os.path.join("runs", run_name(args, config))
-    run = SimpleNamespace(model=model, loaded=loaded, source=source, held_out=held_out, classes=classes, micro_batch=micro_batch,
-                          identity=identity, out=out)
+    this = SimpleNamespace(model=model, loaded=loaded, source=source, held_out=held_out, classes=classes, micro_batch=micro_batch,
+                           identity=identity, out=out)
     if args.init is not None and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(out):
         raise ValueError(f"{out} is where --init lies: choose another --out")
     if not training:
         check_result(out, identity, args.overwrite)
-        return run
-    run.total = config["epochs"] * (len(source) // config["batch_size"])
-    run.stop = run.total if args.steps is None else min(args.steps, run.total)
-    run.state = train.open_run(out, identity, args.overwrite, FILES)
-    run.start = run.state["step"] if run.state else 0
-    run.batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world,
-                               config["repeated_augmentation"] or 1)
-    return run
+        return None, this
+    total = config["epochs"] * (len(source) // config["batch_size"])
+    run = harness.Run(args, out, identity | dict(images=len(source)), total, FILES)
+    this.batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world,
+                                config["repeated_augmentation"] or 1)
+    return run, this
 
 
 def run_name(args, config):
@@ -456,16 +480,19 @@ def check_result(out, identity, overwrite):
         raise ValueError(f"{out} cannot be written to: choose another --out")
 
 
-def finish(run, args, metrics, **more):
+def finish(this, args, metrics, **more):
     """The result: result.json, and a line."""
-    result = metrics | more | dict(task=args.task, protocol=run.identity["protocol"], arch=run.identity["arch"], init=args.init,
-                                   config=run.identity)
-    if RANK == 0:
-        path = os.path.join(run.out, "result.json")
+    result = metrics | more | dict(task=args.task, protocol=this.identity["protocol"], arch=this.identity["arch"], init=args.init,
+                                   config=this.identity)
+    path = os.path.join(this.out, "result.json")
+
+    def write():
         with open(path + ".tmp", "w") as file:
             json.dump(result, file, indent=2)
         os.replace(path + ".tmp", path)
-    say(f"Result: {line(metrics)} ({metrics['n']:,} images). {os.path.join(run.out, 'result.json')}")
+
+    together(lambda: RANK == 0 and write())
+    say(f"Result: {line(metrics)} ({metrics['n']:,} images). {path}")
 
 
 def line(metrics):
@@ -477,110 +504,113 @@ def work(args, config, world, device, checkpoint):
     """What one process does: evaluate, find neighbours, or train."""
     if config["data"] in data.SOURCES:                                      # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
-    run = together(lambda: prepare(args, config, world, checkpoint))
-    say(f"{config['arch']}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M parameters, on {device} × {world}; "
-        f"{config['data']}: " + (f"{len(run.source):,} images to learn {args.task} from, " if run.source is not run.held_out else "")
-        + f"{len(run.held_out):,} to test"
+    run, this = together(lambda: prepare(args, config, world, checkpoint))
+    say(f"{config['arch']}, {sum(p.numel() for p in this.model.parameters()) / 1e6:.1f} M parameters, on {device} × {world}; "
+        f"{config['data']}: " + (f"{len(this.source):,} images to learn {args.task} from, " if this.source is not this.held_out else "")
+        + f"{len(this.held_out):,} to test"
         + ("" if "data" in args else " (no --data given: the built-in images)"))
-    say(f"{args.init} is {weights.describe(run.loaded)}" if run.loaded else "no --init: from scratch")
+    say(f"{args.init} is {weights.describe(this.loaded)}" if this.loaded else "no --init: from scratch")
     workers, pin = train.loader_workers(args), device.type == "cuda"
 
     def test_loader(source):
         view = functools.partial(test_view, config=config)
-        return data.loader(data.Views(source, view), test_batches(len(source), run.micro_batch, world), workers, pin)
+        return data.loader(data.TestViews(source, view), test_batches(len(source), this.micro_batch, world), workers, pin)
 
     task, (autocast, scaler) = losses.TASKS[args.task], train.precision(args.amp, device)
-    model, loader = train.place(run.model, device, world), test_loader(run.held_out)
+    model, loader = train.place(this.model, device, world), test_loader(this.held_out)
     if args.eval:
-        finish(run, args, evaluate(model, loader, task, device, autocast), epoch=None)
+        metrics, problems = evaluate(model, loader, task, device, autocast)
+        note_unreadable(problems, len(this.held_out), this.out, args.max_bad)
+        finish(this, args, metrics, epoch=None)
     elif config["protocol"] == "knn":
-        bank, labels = features(model, test_loader(run.source), len(run.source), device, autocast, world)
-        queries, wanted = features(model, loader, len(run.held_out), device, autocast, world)
+        bank, labels, problems = features(model, test_loader(this.source), len(this.source), device, autocast, world)
+        note_unreadable(problems, len(this.source), this.out, args.max_bad)
+        bank, labels = bank[labels >= 0], labels[labels >= 0]
+        queries, wanted, problems = features(model, loader, len(this.held_out), device, autocast, world)
+        note_unreadable(problems, len(this.held_out), this.out, args.max_bad)
         mine = slice(RANK, None, world)                                     # each process's share of the test images
-        votes = torch.cat([knn(bank, labels, q, args.k, args.temperature, len(run.classes)) for q in queries[mine].split(256)])
-        sums = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist()
-        finish(run, args, task.metrics(sums, len(queries)) | dict(n=len(queries)), epoch=None)
+        votes = torch.cat([knn(bank, labels, q, min(args.k, len(bank)), args.temperature, len(this.classes)) for q in queries[mine].split(256)])
+        sums, n = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist(), int((wanted >= 0).sum())
+        finish(this, args, task.metrics(sums, max(n, 1)) | dict(n=n), epoch=None)
     else:
-        tune(args, config, run, model, loader, world, device, autocast, scaler)
+        return tune(args, config, run, this, model, loader, world, device, autocast, scaler)
 
 
-def tune(args, config, run, model, test_loader, world, device, autocast, scaler):
+def tune(args, config, run, this, model, test_loader, world, device, autocast, scaler):
     """The training loop."""
-    task = losses.TASKS[args.task]
-    start, stop, total, out, steps_per_epoch = run.start, run.stop, run.total, run.out, run.batches.steps_per_epoch
-    accumulate = config["batch_size"] // (run.micro_batch * world)
-    train.announce(config, run, world, accumulate)
-    if start >= stop:
+    task, steps_per_epoch = losses.TASKS[args.task], this.batches.steps_per_epoch
+    accumulate = config["batch_size"] // (this.micro_batch * world)
+    run.announce(config, this.micro_batch, accumulate)
+    if run.start >= run.stop:
         return
     optimizer = make_optimizer(model, config)
     ema = EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None
-    best = run.state.get("best") if run.state else None
-    if run.state:
-        together(lambda: train.restore(model, optimizer, scaler, run.state, ema and ema.module))
-        run.state = None                                                    # its memory is no longer needed
+    best = run.state.get("best") if run.resumed else None
+    if run.resumed:
+        together(lambda: run.restore(model, optimizer, scaler, ema and ema.module))
     tested = ema.module if ema else model
 
-    def snapshot(step):
-        return dict(format="nanoA2MIM", identity=run.identity, classes=run.classes, step=step, best=best, model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict()) | (dict(ema=ema.module.state_dict()) if ema else {})
+    def snapshot():
+        return dict(classes=this.classes, best=best, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict()) | (dict(ema=ema.module.state_dict()) if ema else {})
 
-    together(lambda: RANK == 0 and train.start_folder(out, snapshot(start), start > 0, FILES))
     if args.compile:
         model.compile()
     replica = train.replicate(model, device, world, accumulate)
-    checkpoint = os.path.join(out, "last.pt")
-    log = train.Log(os.path.join(out, "log.jsonl"), LINE, start, total, config["batch_size"])
-    views = data.Views(run.source, functools.partial(train_view, config=config), args.seed)
-    stream = iter(data.loader(views, run.batches, train.loader_workers(args), device.type == "cuda"))
-    saved = time.time()
+    views = data.Views(this.source, functools.partial(train_view, config=config), args.seed)
+    stream = iter(data.loader(views, this.batches, train.loader_workers(args), device.type == "cuda"))
 
-    for step in range(start, stop):
-        model.train()
-        if args.freeze or config["protocol"] == "linear":
-            model.encoder.eval()
-        torch.manual_seed(data.key(args.seed, step, RANK))                  # drop path and mixing, the same when continued
-        factor = train.learning_rate(config, step, steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        loss = torch.zeros(1, device=device)
-        for micro in range(accumulate):
-            image, target = (tensor.to(device, non_blocking=True) for tensor in next(stream))
-            image = data.normalize(image)
-            if args.task == "class":
-                image, target = mix(image, target, config, len(run.classes))
-            with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else replica.no_sync():
-                with autocast():
-                    output = replica(image)
-                part = task.loss(output.float(), target, config) / accumulate
-                scaler.scale(part).backward()
-            loss += part.detach()
-        train.update(model, optimizer, scaler, config["clip"])
-        if ema:
-            ema.update(model, step)
+    with run.underway(snapshot, ("loss",), LINE, config["batch_size"]):
+        for step in range(run.start, run.stop):
+            model.train()
+            if args.freeze or config["protocol"] == "linear":
+                model.encoder.eval()
+            torch.manual_seed(data.key(args.seed, step, RANK))              # drop path and mixing, the same when continued
+            factor = train.learning_rate(config, step, steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            loss, problems, before = torch.zeros(1, device=device), [], [b.clone() for b in train.statistics(model)]
+            for micro in range(accumulate):
+                batch, unreadable = next(stream)
+                image, target = (tensor.to(device, non_blocking=True) for tensor in batch)
+                image = data.normalize(image)
+                if args.task == "class":
+                    image, target = mix(image, target, config, len(this.classes))
+                with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else replica.no_sync():
+                    with autocast():
+                        output = replica(image)
+                    part = task.loss(output.float(), target, config) / accumulate
+                    scaler.scale(part).backward()
+                loss += part.detach()
+                problems += unreadable
+            sums = run.agree(loss, problems)
+            skipped = train.update(model, optimizer, scaler, config["clip"], sums[0], before)
+            if ema:
+                ema.update(model, step)
 
-        done, epoch = step + 1, step // steps_per_epoch + 1
-        log.bar.update()
-        log.flush()                                                         # what the step before computed
-        if done % args.log_every == 0 or done in (start + 1, stop):
-            log.add(dict(step=done, epoch=epoch, loss=None, lr=config["lr"] * factor), loss)
-        if done == stop or done % steps_per_epoch == 0 and epoch % args.eval_every == 0:
-            log.flush()
-            began = time.time()
-            metrics = evaluate(tested, test_loader, task, device, autocast)
-            log.clock += time.time() - began                                # no part of the training speed
-            name, sign = task.best
-            better = done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name])
-            best = metrics | dict(epoch=epoch) if better else best
-            log.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + line(metrics))
-            if RANK == 0 and better:
-                weights.write(os.path.join(out, "best.pt"), dict(
-                    format="nanoA2MIM", identity=run.identity, classes=run.classes, step=done, metrics=metrics, model=tested.state_dict()))
-        if done == stop:                                                    # before the checkpoint that says so
-            finish(run, args, metrics, epoch=epoch, step=done, steps=total, best=best)
-        if RANK == 0 and (done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60):
-            weights.write(checkpoint, snapshot(done))
-            saved = time.time()
-    log.bar.close()
+            done, epoch = step + 1, step // steps_per_epoch + 1
+            run.report(done, sums, skipped, config["lr"] * factor)
+            if done == run.stop or done % steps_per_epoch == 0 and epoch % args.eval_every == 0:
+                run.flush()
+                began = time.time()
+                metrics, unreadable = evaluate(tested, test_loader, task, device, autocast)
+                note_unreadable(unreadable, len(this.held_out), run.out, args.max_bad)
+                run.clock += time.time() - began                            # no part of the training speed
+                name, sign = task.best
+                better = done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name])
+                best = metrics | dict(epoch=epoch) if better else best
+                run.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + line(metrics))
+                if RANK == 0 and better:
+                    run.attempt(weights.write, os.path.join(run.out, "best.pt"), dict(
+                        format="nanoA2MIM", identity=run.identity, classes=this.classes, step=done, metrics=metrics, model=tested.state_dict()))
+            if done == run.stop:                                            # before the checkpoint that says so
+                finish(this, args, metrics, epoch=epoch, step=done, steps=run.total, best=best)
+            if run.due(done):
+                run.save(done)
+            if run.stopping and done < run.stop:
+                return run.leave(done)
+    if run.problem:
+        fail(run.problem)
 
 
 def main(argv=None):
@@ -591,11 +621,11 @@ def main(argv=None):
             checkpoint.pop(unneeded, None)
         config = resolve(args, checkpoint)
     except ValueError as error:
-        train.fail(error)
+        fail(error)
     if args.print_config:
         say(json.dumps(config, indent=2))
     else:
-        train.launch(functools.partial(work, checkpoint=checkpoint), args, config)
+        harness.launch(functools.partial(work, checkpoint=checkpoint), args, config)
 
 
 if __name__ == "__main__":

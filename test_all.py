@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 import bench
 import data
 import finetune
+import harness
 import losses
 import masking
 import model as models
@@ -601,7 +602,7 @@ def stream(**changes):
     ranks = [list(data.loader(views, data.Batches(40, 12, o["micro"], o["start"], 6, o["seed"], rank, o["world"]), o["workers"], collate=collate))
              for rank in range(o["world"])]
     return [zlib.crc32(image.numpy().tobytes() + mask.numpy().tobytes()) for micros in zip(*ranks, strict=True)
-            for images, masks in micros for image, mask in zip(images, masks)]
+            for (images, masks), _ in micros for image, mask in zip(images, masks)]
 
 
 def test_stream_depends_on_nothing_but_the_seed():
@@ -800,7 +801,7 @@ def run(out, *argv):
 def test_training_learns(tmp_path, capsys, arch, steps, options):
     log = run(tmp_path / "run", "--arch", arch, "--epochs", 1, "--steps", steps, *options)
     assert [e["step"] for e in log] == list(range(1, steps + 1)) and {e["epoch"] for e in log} == {1}
-    assert list(log[0]) == ["step", "epoch", "loss", "spatial", "frequency", "lr", "images_per_second"]
+    assert list(log[0]) == ["step", "epoch", "loss", "spatial", "frequency", "lr", "skipped", "replaced", "images_per_second"]
     weight = config_of("--arch", arch, *options)["frequency_weight"] or 0
     assert all(e["loss"] == pytest.approx(e["spatial"] + weight * e["frequency"], rel=1e-5) for e in log)
     assert np.mean([e["loss"] for e in log[-10:]]) < 0.85 * np.mean([e["loss"] for e in log[:10]])
@@ -1936,7 +1937,7 @@ def test_damaged_packs(pictures, tmp_path, capsys):
     cases = [("short", "images.bin", lambda c: c[:-1], "truncated"), ("index", "index.bin", lambda c: c[:-28], "truncated"),
              ("odd", "index.bin", lambda c: c[:-1], "half-written or damaged"), ("none", "pack.json", lambda c: None, "half-written"),
              ("text", "pack.json", lambda c: b"hello", "half-written or damaged"), ("list", "pack.json", lambda c: b"[1]", "damaged"),
-             ("version", "pack.json", lambda c: c.replace(b"pack 1", b"pack 2"), "this program reads 'nanoA2MIM pack 1'"),
+             ("version", "pack.json", lambda c: c.replace(b"pack 2", b"pack 1"), "this program reads 'nanoA2MIM pack 2'"),
              ("other", "pack.json", lambda c: c.replace(b'"classes"', b'"kinds"'), "damaged"),
              ("deep", "pack.json", lambda c: b"[" * 100000, "damaged"), ("endless", "pack.json", lambda c: c.replace(b'"images": 33', b'"images": Infinity'), "damaged"),
              ("less", "pack.json", lambda c: c.replace(b'"images": 33', b'"images": -5').replace(b'"images": 9', b'"images": 47'), "damaged"),
@@ -2059,20 +2060,23 @@ def test_the_loop_never_waits_for_the_gpu(script, arch, pictures, tmp_path, monk
         held["factors"] = held.get("factors", []) + [1]
         return 1.0
 
-    def flush(log):
-        if log.pending is not None:
-            reads.append((log.pending[0]["step"], len(held["factors"])))
-            log.first = log.last = dict(loss=1.0)
-            log.pending = None
+    def flush(run):
+        if run.pending is not None:
+            reads.append((run.pending[0], len(held["factors"])))
+            run.first = run.recent = dict(loss=1.0)
+            run.pending = None
+
+    def commit(run, done, final):
+        run.next_save = math.inf
 
     def loader(views, batches, workers, pin, collate=None):
         assert pin                                                          # page-locked, or a copy cannot be asynchronous
-        return [(image, second)] * (2 * steps)
+        return [((image, second), [])] * (2 * steps)
 
-    for owner, name, value in ((train, "start_processes", lambda: (1, cuda)), (train, "place", place), (train, "learning_rate", learning_rate),
-                               (train, "draw", lambda *_: None), (weights, "write", lambda *_: None), (train.Log, "flush", flush),
+    for owner, name, value in ((harness, "start_processes", lambda: (1, cuda)), (train, "place", place), (train, "learning_rate", learning_rate),
+                               (train, "draw", lambda *_: None), (harness.Run, "commit", commit), (harness.Run, "flush", flush),
                                (data, "loader", loader), (torch.Tensor, "backward", backward), (torch.cuda, "Event", Event),
-                               (torch, "manual_seed", lambda seed: None), (finetune, "evaluate", lambda *_: dict(top1=0.0, n=1)),
+                               (torch, "manual_seed", lambda seed: None), (finetune, "evaluate", lambda *_: (dict(top1=0.0, n=1), [])),
                                (finetune, "finish", lambda *_, **__: None)):
         monkeypatch.setattr(owner, name, value)
     argv = ["--arch", arch, "--data", str(pictures), "--img-size", "32", "--batch-size", "12", "--micro-batch", "6", "--steps", str(steps),
@@ -2086,7 +2090,7 @@ def test_the_loop_never_waits_for_the_gpu(script, arch, pictures, tmp_path, monk
         torch.tensor([1.0], device=cuda)                                    # and a copy that blocks
         assert watch.found
     data.constants.cache_clear()
-    assert reads == [(1, 2), (2, 3), (4, 5), (6, 6)]                        # each in the next step, the last at the end
+    assert reads == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 6)]        # each in the next step, the last at the end
 
 
 @pytest.mark.parametrize("arch,options", [("vit_nano", {}), ("vit_nano", dict(token="replace", fill="none")), ("resnet_nano", dict(fill="zero"))])

@@ -5,33 +5,25 @@
   torchrun --nproc_per_node=8 train.py --arch vit_b --data path/to/imagenet        the published recipe
 
 --arch picks the published recipe; any field of it can be overridden. --print-config shows the result. A run lives in
-a folder: last.pt (checkpoint), log.jsonl, recon.png. The same command again continues an interrupted run.
+a folder: last.pt and previous.pt (checkpoints), log.jsonl, recon.png. The same command again continues an interrupted run.
 """
 import argparse
 import contextlib
-import datetime
 import functools
 import json
 import math
 import os
-import re
-import sys
-import time
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
+import harness
 import losses
 import masking
 import model as models
-import weights
-
-RANK = int(os.environ.get("RANK", 0))                                       # of this process among all; torchrun sets it
-PROGRAM = "train.py"                                                        # who speaks in messages: this, or finetune.py
+from harness import RANK, fail, say, together
 
 # ------------------------------------------------------------------------------------------------ recipes
 # The published ones, of A²MIM and its official code. lr is the one at the recipe's own batch_size.
@@ -119,8 +111,7 @@ CONFIG = {  # key of the configuration: (type of --key, help, choices); the reci
 
 def make_parser(program, usage, text, table, recipe, micro_batch):
     """The command line that pre-training and fine-tuning share: the keys of a configuration, and how to run."""
-    global PROGRAM
-    PROGRAM = program
+    harness.PROGRAM = program
     parser = argparse.ArgumentParser(program, f"{program} {usage}", text, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail                                                     # one line, without the usage
@@ -142,6 +133,12 @@ def make_parser(program, usage, text, table, recipe, micro_batch):
            help="mixed precision; auto: bf16 where the GPU has it, else fp16, off on a CPU")
     option("--compile", action="store_true", help="torch.compile the model: a minute at the start, for a GPU")
     option("--log-every", type=count, default=10, help="optimizer steps between two log entries (10)")
+    option("--save-minutes", type=positive, default=10, help="between two checkpoints (10); there is one at the end, and when the run is "
+           "stopped: by Ctrl-C, SIGTERM or SIGUSR1, after the step, with exit code 75")
+    option("--save-epochs", type=count, help="a checkpoint after every so many epochs, too")
+    option("--max-bad", type=share, default=0.01, help="unreadable images are replaced by others and listed in bad_images.txt; with more than "
+           "this share in an epoch, the run stops (0.01)")
+    option("--deterministic", action="store_true", help="the same bits again on a GPU, too, at some cost in speed (a CPU needs no option)")
     return parser
 
 
@@ -227,14 +224,26 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(list(groups.values()), lr=config["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def update(model, optimizer, scaler, clip):
-    """The optimizer step, once all gradients are there."""
+def statistics(model):
+    """The buffers that a forward pass changes: running means and variances of batch norms."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def update(model, optimizer, scaler, clip, loss, before):
+    """The optimizer step, once all gradients are there; left out where the loss or the gradient is not finite, and then the
+    statistics are as they were before. All on the device, which nobody waits for. Returns 1 if it was left out, else 0."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if clip is not None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+    skipped = (~(norm + loss).isfinite()).float()
+    optimizer.found_inf = skipped                                           # optimizers look at it on the device
+    optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    for now, then in zip(statistics(model), before):
+        now.copy_(torch.where(skipped > 0, then, now))
+    return skipped
 
 
 def precision(amp, device):
@@ -255,19 +264,7 @@ def find_micro_batch(batch_size, asked, world, usual):
     return asked or next(m for m in range(min(usual, share), 0, -1) if share % m == 0)
 
 
-# ------------------------------------------------------------------------------------------------ processes
-
-def start_processes():
-    """(world, device). Joins the process group where torchrun started us; else one process."""
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 1, torch.device("cuda" if cuda else "cpu")
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))       # a download may take long
-    return dist.get_world_size(), device
-
+# ------------------------------------------------------------------------------------------------ devices
 
 def place(model, device, world):
     """The model on its device; several GPUs normalise over their batches together."""
@@ -294,126 +291,6 @@ def loader_workers(args):
     return min(8, data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.workers is None else args.workers
 
 
-def sum_over_ranks(values):
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def say(text):
-    if RANK == 0:
-        tqdm.write(text)
-
-
-class Log:
-    """log.jsonl and the progress bar of a run. What a GPU still computes is written a step late, so that it never waits for us."""
-
-    def __init__(self, path, text, start, total, batch_size):
-        self.path, self.text, self.batch_size, self.first, self.last, self.pending = path, text, batch_size, None, None, None
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-        self.step, self.clock = start, time.time()
-
-    def add(self, entry, values):
-        """An entry {"step": …, "loss": None, …}; for what is None, the means over all processes of a tensor, sent on their way."""
-        values = sum_over_ranks(values) / (dist.get_world_size() if dist.is_initialized() else 1)
-        host, sent = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
-        if sent:
-            sent.record()
-        self.pending = entry, host, sent
-        if sent is None:                                                    # on a CPU there is nothing to wait for
-            self.flush()
-
-    def flush(self):
-        """Write the entry on its way, if there is one."""
-        if self.pending is None:
-            return
-        entry, host, sent = self.pending
-        if sent:
-            sent.synchronize()                                              # with the end of that step, not of the one begun since
-        self.pending, self.last = None, entry | dict(zip([key for key, value in entry.items() if value is None], host.tolist()))
-        self.first = self.first or self.last
-        speed = (entry["step"] - self.step) * self.batch_size / (time.time() - self.clock)
-        self.step, self.clock = entry["step"], time.time()
-        self.write(self.last | dict(images_per_second=speed), self.text)
-
-    def write(self, entry, text):
-        """A line for the file, and one for people: in the progress bar, or where there is no terminal, of its own."""
-        if RANK == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-            self.bar.set_postfix_str(text.format(**entry))
-            if self.bar.disable:
-                say(f"step {entry['step']}/{self.bar.total}, " + text.format(**entry))
-
-
-def fail(problem):
-    """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2."""
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    if RANK == 0 or isinstance(problem, data.BadImage):                     # all else is found by all processes alike
-        print(f"{PROGRAM}: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)   # a worker's ends a traceback
-    sys.exit(2)
-
-
-def gather(value):
-    """The value of every process, in a list."""
-    values = [value]
-    if dist.is_initialized():
-        values = values * dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def together(work):
-    """The result of work(). If it fails on any process, the first one says why, and all leave."""
-    result, problem = None, None
-    try:
-        result = work()
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    if found := [p for p in gather(problem) if p is not None]:
-        fail(found[0])
-    return result
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints, pictures
-
-def open_run(out, identity, overwrite, files):
-    """The state to continue from, or None for a new run. Raises ValueError if something else lives in the folder."""
-    path = os.path.join(out, "last.pt")
-    if overwrite:
-        return None
-    if not os.path.exists(path):
-        if other := [name for name in files if os.path.exists(os.path.join(out, name))]:
-            raise ValueError(f"{out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
-        return None
-    state = weights.read(path)
-    known = {"identity", "step", "model", "optimizer", "scaler"} <= set(state)
-    if not known or not isinstance(state["identity"], dict) or not isinstance(state["step"], int):
-        raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
-    there = state["identity"]
-    if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in identity.items() if there.get(k) != v]:
-        raise ValueError(f"{out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
-    return state
-
-
-def start_folder(out, state, resumed, files):
-    """A folder that this run can write to: with its first checkpoint and without `files`, what an earlier run left; or,
-    if resumed, without what was logged after the last checkpoint."""
-    os.makedirs(out, exist_ok=True)
-    log = os.path.join(out, "log.jsonl")
-    if not resumed:
-        weights.write(os.path.join(out, "last.pt"), state)
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(out, name))
-    elif os.path.exists(log):
-        with open(log) as file:
-            steps = [(line, re.match(r'\{"step": (\d+),.*\}\n$', line)) for line in file]
-        with open(log + ".tmp", "w") as file:
-            file.writelines(line for line, found in steps if found and int(found[1]) <= state["step"])
-        os.replace(log + ".tmp", log)
-
-
 @torch.no_grad()
 def draw(path, model, image, mask):
     """Four rows, a column an image: original, masked, reconstruction, composite (reconstruction where masked)."""
@@ -428,7 +305,7 @@ def draw(path, model, image, mask):
 
 # ------------------------------------------------------------------------------------------------ training
 
-FILES = ("log.jsonl", "recon.png")                                          # of a run, beside last.pt
+FILES = ("recon.png",)                                                      # of a run, beside what the harness writes
 PARTS = ("loss", "spatial", "frequency")
 LINE = "epoch {epoch} loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
 
@@ -445,148 +322,101 @@ def collate(samples, grid, ratio):
 
 
 def prepare(args, config, world, device):
-    """Whatever can be wrong with a run is found here, before anything is written. Raises ValueError and OSError."""
+    """The run, its model and data. Whatever can be wrong with it is found here, before anything is written. Raises ValueError
+    and OSError."""
     micro_batch = find_micro_batch(config["batch_size"], args.micro_batch, world, RECIPES[config["arch"]]["micro_batch"])
     torch.manual_seed(data.key(args.seed))
     model, criterion = build(config)
     size, grid = config["img_size"], config["img_size"] // config["mask_size"]
     source, held_out = (data.open_source(config["data"], split, size) for split in ("train", "val"))
     total = config["epochs"] * (len(source) // config["batch_size"])
-    stop = total if args.steps is None else min(args.steps, total)
     name = os.path.basename(os.path.normpath(config["data"]))
     out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
-    # what a run is: of these, none may change when it continues; the micro-batch is one where spectra are averaged over it
-    identity = config | dict(seed=args.seed, micro_batch=micro_batch if config["frequency_loss"] == "focal" else None)
-    state = open_run(out, identity, args.overwrite, FILES)
-    start = state["step"] if state else 0
-    batches = data.Batches(len(source), config["batch_size"], micro_batch, start, stop, args.seed, RANK, world)
+    # what a run is: none of these may change when it continues; the micro-batch is one where spectra are averaged over it
+    identity = config | dict(seed=args.seed, images=len(source), micro_batch=micro_batch if config["frequency_loss"] == "focal" else None)
+    run = harness.Run(args, out, identity, total, FILES)
+    batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"]), args.seed)
     stream = data.loader(views, batches, loader_workers(args), device.type == "cuda",
                          functools.partial(collate, grid=grid, ratio=config["mask_ratio"]))
-    shown = [held_out[int(i)][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
+    data.readable(source, 0, args.seed, -1)                                 # if none is, now is the time to say so
+    shown = [data.readable(held_out, int(i), args.seed, -1, i)[0][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
     shown = torch.stack([data.center_crop(image, size) for image in shown])
     shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1))
-    return SimpleNamespace(model=model, criterion=criterion, micro_batch=micro_batch, images=len(source), batches=batches, stream=stream,
-                           start=start, stop=stop, total=total, out=out, identity=identity, state=state, shown=(shown, shown_mask))
-
-
-def restore(model, optimizer, scaler, state, ema=None):
-    """Put a checkpoint's state in its places. Raises ValueError if it does not fit."""
-    try:
-        model.load_state_dict(state["model"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler.is_enabled() and state["scaler"]:                         # --amp may change from run to run
-            scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
-
-
-def announce(config, run, world, accumulate):
-    """Say how the batch is made up, and where a run goes on; from the same step on all processes."""
-    if len(set(gather(run.start))) > 1:
-        fail(f"{run.out} is not one folder for all processes: --out must lie on a disk that all machines share")
-    steps_per_epoch = run.batches.steps_per_epoch
-    say(f"batch {config['batch_size']} = {world} process(es) × {run.micro_batch} images × {accumulate} accumulated; "
-        f"{steps_per_epoch} steps an epoch, {run.total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
-    if run.state:
-        say(f"{run.out}: continuing after step {run.start}" if run.start < run.stop else
-            f"{run.out}: already at step {run.start} of {run.total}; "
-            + ("--overwrite starts anew, --out elsewhere" if run.start >= run.total else "a larger --steps goes on"))
+    return run, SimpleNamespace(model=model, criterion=criterion, micro_batch=micro_batch, images=len(source), stream=stream,
+                                steps_per_epoch=batches.steps_per_epoch, shown=(shown, shown_mask))
 
 
 def train(args, config, world, device):
     if config["data"] in data.SOURCES:                                      # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
-    run = together(lambda: prepare(args, config, world, device))
-    model, criterion, start, stop, total, out = run.model, run.criterion, run.start, run.stop, run.total, run.out
-    accumulate, steps_per_epoch = config["batch_size"] // (run.micro_batch * world), run.batches.steps_per_epoch
+    run, this = together(lambda: prepare(args, config, world, device))
+    model, criterion, steps_per_epoch, accumulate = this.model, this.criterion, this.steps_per_epoch, config["batch_size"] // (this.micro_batch * world)
 
     # ---- what this run is
     say(f"{config['method']}: {config['arch']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {device} × "
-        f"{world}, {config['data']}: {run.images:,} images at {config['img_size']} px"
+        f"{world}, {config['data']}: {this.images:,} images at {config['img_size']} px"
         + ("" if "data" in args else " (no --data given: the built-in images)"))
-    announce(config, run, world, accumulate)
-    if config["frequency_loss"] == "focal" and run.micro_batch != (usual := RECIPES[config["arch"]]["micro_batch"]):
-        say(f"note: spectra are averaged over {run.micro_batch} images, the recipe's micro-batch is {usual}; fewer give a larger loss")
+    run.announce(config, this.micro_batch, accumulate)
+    if config["frequency_loss"] == "focal" and this.micro_batch != (usual := RECIPES[config["arch"]]["micro_batch"]):
+        say(f"note: spectra are averaged over {this.micro_batch} images, the recipe's micro-batch is {usual}; fewer give a larger loss")
     if config["schedule"] == "step" and config["lr_step_epoch"] >= config["epochs"]:
         say(f"note: the learning rate would step at epoch {config['lr_step_epoch']}, after the end: see --lr-step-epoch")
-    if start >= stop:
+    if run.start >= run.stop:
         return
 
     # ---- model, optimizer, precision, data
     model = place(model, device, world)
     optimizer = make_optimizer(model, config)
     autocast, scaler = precision(args.amp, device)
-    if run.state:
-        together(lambda: restore(model, optimizer, scaler, run.state))
-        run.state = None                                                    # its memory is no longer needed
-
-    def snapshot(step):
-        return dict(format="nanoA2MIM", identity=run.identity, step=step, model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-
-    together(lambda: RANK == 0 and start_folder(out, snapshot(start), start > 0, FILES))
+    if run.resumed:
+        together(lambda: run.restore(model, optimizer, scaler))
     if args.compile:
         model.compile()
     replica = replicate(model, device, world, accumulate)
-    curve, picture, checkpoint = (os.path.join(out, name) for name in ("log.jsonl", "recon.png", "last.pt"))
-    log, stream, saved = Log(curve, LINE, start, total, config["batch_size"]), iter(run.stream), time.time()
+    stream, picture = iter(this.stream), os.path.join(run.out, "recon.png")
+
+    def snapshot():
+        return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
     model.train()
-    for step in range(start, stop):
-        torch.manual_seed(data.key(args.seed, step, RANK))                  # drop path, the same when continued
-        factor = learning_rate(config, step, steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        parts = torch.zeros(len(PARTS), device=device)
-        for micro in range(accumulate):
-            image, mask = (tensor.to(device, non_blocking=True) for tensor in next(stream))
-            image = data.normalize(image)
-            last = micro == accumulate - 1                                  # gradients travel between processes once
-            with contextlib.nullcontext() if last or world == 1 else replica.no_sync():
-                with autocast():
-                    reconstruction = replica(image, mask)
-                loss = criterion(reconstruction, image, mask)               # in float32
-                scaler.scale(loss["loss"] / accumulate).backward()
-            parts += torch.stack([loss[name].detach() for name in PARTS]) / accumulate
-        update(model, optimizer, scaler, config["clip"])
+    with run.underway(snapshot, PARTS, LINE, config["batch_size"]):
+        for step in range(run.start, run.stop):
+            torch.manual_seed(data.key(args.seed, step, RANK))              # drop path, the same when continued
+            factor = learning_rate(config, step, steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            parts, problems, before = torch.zeros(len(PARTS), device=device), [], [b.clone() for b in statistics(model)]
+            for micro in range(accumulate):
+                batch, unreadable = next(stream)
+                image, mask = (tensor.to(device, non_blocking=True) for tensor in batch)
+                image = data.normalize(image)
+                last = micro == accumulate - 1                              # gradients travel between processes once
+                with contextlib.nullcontext() if last or world == 1 else replica.no_sync():
+                    with autocast():
+                        reconstruction = replica(image, mask)
+                    loss = criterion(reconstruction, image, mask)           # in float32
+                    scaler.scale(loss["loss"] / accumulate).backward()
+                parts += torch.stack([loss[name].detach() for name in PARTS]) / accumulate
+                problems += unreadable
+            sums = run.agree(parts, problems)
+            skipped = update(model, optimizer, scaler, config["clip"], sums[0], before)
 
-        done = step + 1
-        log.bar.update()
-        log.flush()                                                         # what the step before computed
-        if done % args.log_every == 0 or done in (start + 1, stop):
-            log.add(dict(step=done, epoch=step // steps_per_epoch + 1) | dict.fromkeys(PARTS) | dict(lr=config["lr"] * factor), parts)
-        if done == stop or done % steps_per_epoch == 0 and time.time() - saved > 60:
-            log.flush()
-            if RANK == 0:
-                draw(picture, model, *run.shown)
-                weights.write(checkpoint, snapshot(done))
-            saved = time.time()
-    log.bar.close()
-    say(f"Loss {log.first['loss']:.4f} -> {log.last['loss']:.4f}. Pictures: {picture}; weights: {checkpoint}; curve: {curve}.")
-    if done == total:
+            done = step + 1
+            run.report(done, sums, skipped, config["lr"] * factor)
+            if run.due(done):
+                if RANK == 0:
+                    run.attempt(draw, picture, model, *this.shown)
+                run.save(done)
+            if run.stopping and done < run.stop:
+                return run.leave(done)
+    if run.problem:
+        fail(run.problem)
+    say(f"Loss {run.first['loss']:.4f} -> {run.recent['loss']:.4f}. Pictures: {picture}; weights: {run.last}; curve: {run.log}.")
+    if run.stop == run.total:
         say("Next: your own images, python train.py --data FOLDER; a CNN, --arch resnet_nano; the baseline, --method simmim.")
     else:
         say("The same command without --steps goes on from here.")
-
-
-def launch(work, args, config):
-    """Run work(args, config, world, device) on every process of the run."""
-    try:
-        processes = start_processes()
-    except ValueError as error:
-        fail(error)
-    try:
-        work(args, config, *processes)
-        if dist.is_initialized():
-            dist.barrier()                                                  # nobody leaves while messages are under way
-    except data.BadImage as error:                                          # found while training, by any process
-        fail(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main(argv=None):
@@ -598,7 +428,7 @@ def main(argv=None):
     if args.print_config:
         say(json.dumps(config, indent=2))
     else:
-        launch(train, args, config)
+        harness.launch(train, args, config)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ a test on the names, and a table that turns each name into ours.
 """
 import argparse
 import collections
+import contextlib
+import hashlib
 import math
 import os
 import re
@@ -15,6 +17,8 @@ import sys
 
 import torch
 import torch.nn.functional as F
+
+import data
 
 # ------------------------------------------------------------------------------------------------ formats
 
@@ -69,35 +73,85 @@ def translate(state, table):
 
 # ------------------------------------------------------------------------------------------------ files
 
-def read(path):
-    """The dictionary a checkpoint file holds, loaded without running any code in it. Raises ValueError, in one line."""
+SEAL = b"\nsha256 "         # PyTorch's file, then this, then the digest of all before it: torch.load reads over bit flips
+
+
+def digest(file, size):
+    """SHA-256 of the first `size` bytes of an open file, in hexadecimal."""
+    sha = hashlib.sha256()
+    file.seek(0)
+    while size and (block := file.read(min(size, 2 ** 22))):
+        sha.update(block)
+        size -= len(block)
+    return sha.hexdigest().encode()
+
+
+def read(path, sealed=False):
+    """The dictionary a checkpoint file holds, loaded without running any code in it. A seal is checked, and with
+    sealed=True there must be one, as there is on what `write` wrote. Raises ValueError, in one line."""
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path!r}")
+    damaged, start = None, b""
     try:
         with open(path, "rb") as file:
             start = file.read(2)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            length = file.seek(0, os.SEEK_END) - len(SEAL) - 64
+            file.seek(max(0, length))
+            seal = file.read()
+            if seal.startswith(SEAL):
+                if digest(file, length) != seal[len(SEAL):]:
+                    damaged = "is damaged: its checksum differs"
+            elif sealed:
+                damaged = "has no checksum: it is damaged, or no checkpoint of this program"
+            if damaged:
+                raise ValueError
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:          # torch.load has no one exception for what is no checkpoint, or no mere data
         unsafe = start[:1] in (b"P", b"\x80") and ("weights_only" in str(error) or "Unsupported" in str(error))
-        raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
+        raise ValueError(f"{path} {damaged}" if damaged else f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
                          "alone and pass that" if unsafe else f"{path} is no PyTorch checkpoint, or is damaged") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, no state_dict")
     return state
 
 
-def write(path, state):
-    """A checkpoint, whole or not at all: what stood there stays until the new one is on the disk. Raises OSError."""
+class Sealed:
+    """A file that keeps the digest of what is written to it."""
+
+    def __init__(self, file):
+        self.file, self.sha, self.flush, self.problem = file, hashlib.sha256(), file.flush, None
+
+    def write(self, block):
+        self.sha.update(block)
+        try:
+            return self.file.write(block)
+        except OSError as error:                                            # which torch.save answers with one of its own
+            self.problem = error
+            raise
+
+
+def write(path, state, previous=None):
+    """A checkpoint, whole or not at all: what stood there stays, then as `previous` if that is given, until the new one is
+    on the disk. The one moment that counts is its renaming. Raises OSError."""
     try:
         with open(path + ".tmp", "wb") as file:
-            torch.save(state, file)
+            sealed = Sealed(file)
+            try:
+                torch.save(state, sealed)
+            except RuntimeError as error:
+                raise sealed.problem or error
+            file.write(SEAL + sealed.sha.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
         os.replace(path + ".tmp", path)
-    except OSError:
-        if os.path.isfile(path + ".tmp"):
+        data.sync_folder(os.path.dirname(path))
+    except BaseException:
+        with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
         raise
 

@@ -1,0 +1,411 @@
+"""What keeps a run alive: processes that agree, checkpoints, signals, the log. train.py and finetune.py stand on it.
+
+Two ideas carry it. All randomness is keyed, by seed, epoch and position in the epoch (data.py) or seed, step and process, so
+that beside weights and optimizer a run has only to remember how many steps it has done. And there is one commit point, the
+renaming of a finished checkpoint to last.pt: whatever came after the last one has not happened, and is computed again.
+"""
+import contextlib
+import datetime
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import weights
+
+RANK = int(os.environ.get("RANK", 0))                                       # of this process among all; torchrun sets it
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))              # how often torchrun has started this run again
+PROGRAM = "train.py"                                                        # who speaks in messages: this, or finetune.py
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                     # ask a run to save and leave
+STOPPED = 75                                                                # exit code of one that did (EX_TEMPFAIL)
+HOPELESS = 20                                                               # so many steps in a row without finite numbers
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+def start_processes():
+    """(world, device). Joins the process group where torchrun started us; else one process."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 1, torch.device("cuda" if cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))       # a download may take long
+    return dist.get_world_size(), device
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values):
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather(value):
+    """The value of every process, in a list."""
+    values = [value]
+    if dist.is_initialized():
+        values = values * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def say(text):
+    if RANK == 0:
+        tqdm.write(text)
+
+
+def fail(problem):
+    """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2."""
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    if RANK == 0 or isinstance(problem, data.BadImage):                     # all else is found by all processes alike
+        print(f"{PROGRAM}: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)   # a worker's ends a traceback
+    sys.exit(2)
+
+
+def together(work):
+    """The result of work(). If it fails on any process, the first one says why, and all leave."""
+    result, problem = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    if found := [p for p in gather(problem) if p is not None]:
+        fail(found[0])
+    return result
+
+
+@contextlib.contextmanager
+def on_signals(handler):
+    """What a signal of SIGNALS does meanwhile."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def launch(work, args, config):
+    """Run work(args, config, world, device) on every process of the run; it may return an exit code."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    with on_signals(lambda number, frame: sys.exit(STOPPED)):               # before the first step there is nothing to save
+        try:
+            processes = start_processes()
+        except ValueError as error:
+            fail(error)
+        try:
+            code = work(args, config, *processes)
+            if dist.is_initialized():
+                dist.barrier()                                              # nobody leaves while messages are under way
+        except data.BadImage as error:                                      # found while training, by any process
+            fail(error)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            fail(f"a loader process died, most likely for lack of memory: try fewer --workers ({str(error).splitlines()[0]})")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------------------ a run in its folder
+
+def list_bad_images(out, names):
+    """Add lines to bad_images.txt, each once."""
+    path = os.path.join(out, "bad_images.txt")
+    known = set()
+    if os.path.exists(path):
+        with open(path, errors="surrogateescape") as file:
+            known = set(file.read().splitlines())
+    names = {name.replace("\n", " ") for name in names}
+    if not names <= known:
+        with open(path + ".tmp", "w", errors="surrogateescape") as file:
+            file.writelines(name + "\n" for name in sorted(names | known))
+        os.replace(path + ".tmp", path)
+
+
+class Run:
+    """A training run in its folder: where it stands, its log and checkpoints, and what ends it before its last step.
+
+    identity is what may not change when it continues, total how many steps it has, files what it leaves beside log and
+    checkpoints. Raises ValueError if something else lives in the folder.
+
+        with run.underway(snapshot, columns, line, steps_per_epoch):
+            for step in range(run.start, run.stop):
+                ...                                                         # forward and backward
+                sums = run.agree(losses, lines on unreadable images)        # over all processes
+                run.report(step + 1, sums, whether it was skipped, lr)
+                if run.due(step + 1):
+                    run.save(step + 1)
+                if run.stopping:
+                    return run.leave(step + 1)
+    """
+
+    def __init__(self, args, out, identity, total, files):
+        self.args, self.out, self.identity, self.total, self.files = args, out, identity, total, files
+        self.last, self.previous, self.damaged, self.log, self.bad = (
+            os.path.join(out, name) for name in ("last.pt", "previous.pt", "damaged.pt", "log.jsonl", "bad_images.txt"))
+        self.note, self.counts = None, dict(skipped=0, in_a_row=0, replaced=0, this_epoch=0)
+        self.state = None if args.overwrite and not ATTEMPT else self.find()
+        self.resumed, self.start = self.state is not None, self.state["step"] if self.state else 0
+        self.stop = total if args.steps is None else min(args.steps, total)
+        if self.resumed:
+            self.counts |= self.state.pop("counts")
+
+    # ---- what is there
+
+    def find(self):
+        """The newest intact checkpoint, or None for a new run."""
+        paths = [path for path in (self.last, self.previous) if os.path.exists(path)]
+        if not paths and (other := [name for name in ("log.jsonl", *self.files) if os.path.exists(os.path.join(self.out, name))]):
+            raise ValueError(f"{self.out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
+        problems = []
+        for path in paths:
+            try:
+                state = weights.read(path, sealed=True)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            self.check(path, state)
+            if path == self.previous:
+                self.note = f"{problems[0] if problems else self.last + ' is missing'}: going on from {path}"
+            return state
+        if problems:
+            raise ValueError(f"{' and '.join(problems)}: choose another --out, or --overwrite")
+        return None
+
+    def check(self, path, state):
+        """Raises ValueError unless the state is one of this run."""
+        keys = dict(identity=dict, step=int, counts=dict, model=dict, optimizer=dict, scaler=dict)
+        if not all(isinstance(state.get(key), kind) for key, kind in keys.items()) or set(state["counts"]) != set(self.counts):
+            raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
+        there = state["identity"]
+        if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in self.identity.items() if there.get(k) != v]:
+            raise ValueError(f"{self.out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
+
+    def announce(self, config, micro_batch, accumulate):
+        """Say how the batch is made up, and where a run goes on; from the same step on all processes."""
+        if len(set(gather(self.start))) > 1:
+            fail(f"{self.out} is not one folder for all processes: --out must lie on a disk that all machines share")
+        if self.note:
+            say(self.note)
+        say(f"batch {config['batch_size']} = {world_size()} process(es) × {micro_batch} images × {accumulate} accumulated; "
+            f"{self.total // config['epochs']} steps an epoch, {self.total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
+        if self.resumed:
+            say(f"{self.out}: continuing after step {self.start}" if self.start < self.stop else
+                f"{self.out}: already at step {self.start} of {self.total}; "
+                + ("finished: --overwrite starts anew, --out elsewhere" if self.start >= self.total else "a larger --steps goes on"))
+
+    def restore(self, model, optimizer, scaler, ema=None):
+        """Put the checkpoint's state in its places. Raises ValueError if it does not fit."""
+        state, self.state = self.state, None                                # its memory is no longer needed
+        try:
+            model.load_state_dict(state["model"])
+            if ema is not None:
+                ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            if scaler.is_enabled() and state["scaler"]:                     # --amp may change from run to run
+                scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
+
+    # ---- under way
+
+    @contextlib.contextmanager
+    def underway(self, snapshot, columns, line, batch_size):
+        """Take possession of the folder. Until the end, signals only ask to stop.
+
+        snapshot: () -> the state of model, optimizer, …; columns: of the log, what each step's losses are called; line: their
+        text for people.
+        """
+        self.snapshot, self.columns, self.line, self.batch_size = snapshot, columns, line, batch_size
+        self.steps_per_epoch = self.total // self.identity["epochs"]
+        self.asked, self.stopping, self.saving, self.problem, self.names = False, False, False, None, set()
+        self.pending, self.first, self.recent, self.unwritten, self.saved = None, None, None, [], self.start
+        self.held = together(lambda: self.take() if RANK == 0 else None)
+        self.bar = tqdm(total=self.total, initial=self.start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+        self.step, self.clock = self.start, time.time()
+        try:
+            with on_signals(self.ask):
+                yield
+        finally:
+            self.bar.close()
+            if self.held:
+                self.held.close()
+
+    def take(self):
+        """Lock the folder. A new run writes its first checkpoint, so that it is found at once if it cannot, and removes what
+        another one left; a continued one forgets what was logged after its checkpoint."""
+        os.makedirs(self.out, exist_ok=True)
+        held = open(os.path.join(self.out, ".lock"), "w")
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process is training in {self.out}: wait for it, or choose another --out") from None
+        except OSError:                                                     # a file system without locks
+            pass
+        if not self.resumed:
+            self.commit(0, final=True)
+            for path in (self.previous, self.damaged, self.bad, self.log, *(os.path.join(self.out, name) for name in self.files)):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+        else:
+            self.next_save = time.time() + 60 * self.args.save_minutes
+            if self.note and os.path.exists(self.last):
+                os.replace(self.last, self.damaged)                         # so that it won't become the previous one
+            if os.path.exists(self.log):
+                with open(self.log) as file:
+                    steps = [(line, re.match(r'\{"step": (\d+),.*\}\n$', line)) for line in file]
+                with open(self.log + ".tmp", "w") as file:
+                    file.writelines(line for line, found in steps if found and int(found[1]) <= self.start)
+                os.replace(self.log + ".tmp", self.log)
+        return held
+
+    def ask(self, number, frame):
+        """The first signal is a request. A second Ctrl-C is not."""
+        if self.asked and number == signal.SIGINT:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + number)
+        if not self.asked and RANK == 0:
+            os.write(2, f"{'' if self.bar.disable else chr(10)}{PROGRAM}: {signal.Signals(number).name}: stopping after this step (Ctrl-C: at once)\n".encode())
+        self.asked = True
+
+    def agree(self, values, problems=()):
+        """What all processes make of a step, as one tensor on the device: the means of these values; how many wish to stop,
+        and to save; and how many images could not be read."""
+        self.names.update(problems)
+        mine = self.asked, RANK == 0 and time.time() >= self.next_save, len(problems)
+        mine = [torch.full((1,), float(number), device=values.device) for number in mine]      # no copy that a GPU would wait for
+        return sum_over_ranks(torch.cat([values / world_size(), *mine]))
+
+    def report(self, done, sums, skipped, lr):
+        """A step is done. What a GPU still computes is read in the next one, so that it never waits for us: stopping and saving
+        may be a step late, on all processes alike."""
+        self.bar.update()
+        self.flush()
+        values = torch.cat([sums, skipped.view(1)])
+        host, sent = values.to("cpu", non_blocking=True), torch.cuda.Event() if values.is_cuda else None
+        if sent:
+            sent.record()
+        self.pending = done, lr, host, sent
+        if sent is None or done == self.stop:
+            self.flush()
+
+    def flush(self):
+        """Read what the last step reported."""
+        if self.pending is None:
+            return
+        (step, lr, host, sent), self.pending = self.pending, None
+        if sent:
+            sent.synchronize()                                              # with the end of that step, not of the one begun since
+        *values, asked, due, unreadable, skipped = host.tolist()
+        self.stopping |= asked > 0
+        self.saving |= due > 0
+        counts, new = self.counts, step % self.steps_per_epoch == 1 or self.steps_per_epoch == 1
+        counts["skipped"] += int(skipped)
+        counts["in_a_row"] = counts["in_a_row"] + 1 if skipped else 0
+        counts["replaced"] += int(unreadable)
+        counts["this_epoch"] = int(unreadable) + (0 if new else counts["this_epoch"])
+        if step % self.args.log_every == 0 or step in (self.start + 1, self.stop):
+            epoch = (step - 1) // self.steps_per_epoch + 1
+            self.recent = dict(step=step, epoch=epoch) | dict(zip(self.columns, values))
+            self.first = self.first or self.recent
+            speed = (step - self.step) * self.batch_size / (time.time() - self.clock)
+            self.step, self.clock = step, time.time()
+            self.write(self.recent | dict(lr=lr, skipped=counts["skipped"], replaced=counts["replaced"], images_per_second=speed), self.line)
+        if skipped:
+            say(f"step {step} is left out: its loss or gradient is not finite ({counts['skipped']} so far)")
+        if counts["in_a_row"] >= HOPELESS:
+            fail(f"no finite loss and gradient in {HOPELESS} steps, up to {step}: try a smaller --lr, or --amp off. The last good "
+                 f"checkpoint is {self.last}, of step {self.saved}")
+        images = self.steps_per_epoch * self.batch_size
+        if unreadable and counts["this_epoch"] > self.args.max_bad * images:
+            self.stopping, self.problem = True, (
+                f"{counts['this_epoch']} of the {images:,} images of this epoch could not be read, more than --max-bad "
+                f"{self.args.max_bad:g}: repair or remove those in {self.bad}, or allow more")
+
+    def write(self, entry, text):
+        """A line for log.jsonl, and one for people: in the progress bar, or where there is no terminal, of its own."""
+        if RANK > 0:
+            return
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()}
+        self.unwritten.append(json.dumps(finite) + "\n")
+        length = os.path.getsize(self.log) if os.path.exists(self.log) else 0
+        try:
+            with open(self.log, "a") as file:
+                file.writelines(self.unwritten)
+            self.unwritten = []
+        except OSError as error:                                            # later, then; no half lines meanwhile
+            with contextlib.suppress(OSError):
+                os.truncate(self.log, length)
+            say(f"{self.log} cannot be written ({error.strerror}): the run goes on")
+        self.bar.set_postfix_str(text.format(**entry))
+        if self.bar.disable:
+            say(f"step {entry['step']}/{self.bar.total}, " + text.format(**entry))
+
+    # ---- checkpoints
+
+    def due(self, done):
+        """Whether to save now; the same on all processes."""
+        every = (self.args.save_epochs or 0) * self.steps_per_epoch
+        return done == self.stop or self.stopping or self.saving or every > 0 and done % every == 0
+
+    def save(self, done):
+        """Write a checkpoint, on the first process. Leaves with a line if it is the last one and can't be written; if it is not,
+        the run goes on, as the disk may be back before its end."""
+        self.flush()
+        self.names = set().union(*gather(self.names))
+        together(lambda: RANK == 0 and self.commit(done, final=done == self.stop or self.stopping))
+        self.saving, self.names = False, set()
+
+    def commit(self, done, final):
+        state, minutes = self.snapshot(), self.args.save_minutes
+        if not all(bool(value.isfinite().all()) for value in state["model"].values()):
+            raise ValueError(f"the weights are no longer finite: try a smaller --lr. The last good checkpoint is {self.last}, of step {self.saved}")
+        try:
+            if self.names:
+                list_bad_images(self.out, self.names)
+            weights.write(self.last, dict(format="nanoA2MIM", identity=self.identity, step=done, counts=self.counts) | state,
+                          self.previous if done else None)
+            self.saved = done
+        except OSError as error:
+            problem = f"{self.last} cannot be written ({error.strerror})" + (f"; there is still the one of step {self.saved}" if done else "")
+            if final:
+                raise ValueError(problem) from None
+            say(f"{problem}. The run goes on, and tries again in a minute")
+            minutes = min(1, minutes)
+        self.next_save = time.time() + 60 * minutes
+
+    def attempt(self, work, *args):
+        """Write what a run can do without."""
+        try:
+            work(*args)
+        except OSError as error:
+            say(f"{self.out}: {error}: the run goes on")
+
+    def leave(self, done):
+        """The end of a run that was stopped, when it is saved: its exit code."""
+        if self.problem:
+            fail(self.problem)
+        say(f"stopped after step {done} of {self.total}, as asked. The same command goes on from there")
+        return STOPPED
