@@ -291,7 +291,9 @@ def read_image(path):
                     image = Image.fromarray((np.array(image) // 257).clip(0, 255).astype(np.uint8))
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:                                              # decoders fail in many ways
-        raise BadImage(f"{path} is no readable image ({error if type(error) is ValueError else type(error).__name__})") from None
+        reason = ("too many pixels" if isinstance(error, Image.DecompressionBombError) else error if type(error) is ValueError
+                  else type(error).__name__)
+        raise BadImage(f"{path} is no readable image ({reason})") from None
 
 
 class Folder:

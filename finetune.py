@@ -238,19 +238,19 @@ class LAMB(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
-                state, gradient = self.state[p], torch.where(taken > 0, p.grad / shrink, 0.0)
+                state, gradient, weight = self.state[p], torch.where(taken > 0, p.grad / shrink, 0.0), taken.to(p.dtype)
                 if not state:
                     state |= dict(mean=torch.zeros_like(p), square=torch.zeros_like(p), steps=torch.zeros((), device=p.device))
                 state["steps"] += taken
                 t = state["steps"].double().clamp(min=1)                    # 1 − 0.999^t needs the digits
-                state["mean"].lerp_(gradient, taken * (1 - beta1))
-                state["square"].lerp_(gradient.square(), taken * (1 - beta2))
+                state["mean"].lerp_(gradient, weight * (1 - beta1))
+                state["square"].lerp_(gradient.square(), weight * (1 - beta2))
                 direction = state["mean"] / (1 - beta1 ** t) / ((state["square"] / (1 - beta2 ** t)).sqrt() + group["eps"])
                 if group["weight_decay"]:
                     direction += group["weight_decay"] * p
                     size, length = p.norm(), direction.norm()
                     direction *= torch.where((size > 0) & (length > 0), size / length, 1.0)
-                p -= group["lr"] * taken * direction
+                p -= weight * group["lr"] * direction
 
 
 def layer_scales(model, decay):

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -41,8 +42,11 @@ def start_processes():
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))       # a download may take long
-    return dist.get_world_size(), device
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {ATTEMPT}", store)                   # or we'd wait for those whom an earlier attempt noted there
+    dist.init_process_group("nccl" if cuda else "gloo", world_size=world, rank=rank, store=store,
+                            timeout=datetime.timedelta(hours=1))            # a download may take long
+    return world, device
 
 
 def world_size():
@@ -89,6 +93,14 @@ def together(work):
     return result
 
 
+def leave_at_once(code):
+    for child in multiprocessing.active_children():                         # the loader's workers
+        child.kill()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
 @contextlib.contextmanager
 def on_signals(handler):
     """What a signal of SIGNALS does meanwhile."""
@@ -116,10 +128,13 @@ def launch(work, args, config):
                 dist.barrier()                                              # nobody leaves while messages are under way
         except data.BadImage as error:                                      # found while training, by any process
             fail(error)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except Exception as error:
+            if "DataLoader worker" in str(error):
+                fail(f"a loader process died, most likely for lack of memory: try fewer --workers ({str(error).splitlines()[0]})")
+            if not dist.is_initialized():
                 raise
-            fail(f"a loader process died, most likely for lack of memory: try fewer --workers ({str(error).splitlines()[0]})")
+            traceback.print_exc()                                           # such as the loss of another process; the group can't be
+            leave_at_once(1)                                                # taken down in good order any more
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -283,9 +298,7 @@ class Run:
     def ask(self, number, frame):
         """The first signal is a request. A second Ctrl-C is not."""
         if self.asked and number == signal.SIGINT:
-            for child in multiprocessing.active_children():
-                child.kill()
-            os._exit(128 + number)
+            leave_at_once(128 + number)
         if not self.asked and RANK == 0:
             os.write(2, f"{'' if self.bar.disable else chr(10)}{PROGRAM}: {signal.Signals(number).name}: stopping after this step (Ctrl-C: at once)\n".encode())
         self.asked = True

@@ -10,9 +10,12 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -838,19 +841,10 @@ def test_resume_is_exact(tmp_path, capsys):
     assert len(run(tmp_path / "parts", *options, "--mask-ratio", 0.5, "--steps", 2, "--overwrite")) == 2
 
 
-def test_folder_of_images_trains_and_names_a_bad_one(tmp_path, capfd):
+def test_folder_of_images_trains(tmp_path):
     root = write_images(tmp_path / "images", [f"{i:02}.png" for i in range(24)])
     log = run(tmp_path / "run", "--arch", "resnet_nano", "--data", root, "--epochs", 2, "--workers", 2)
-    assert len(log) == 2 and log[-1]["epoch"] == 2
-    held = set(data.Folder(root, "val").paths)
-    victim = next(p for p in data.Folder(root, "train").paths if p not in held).decode()
-    Path(root, victim).write_bytes(b"no image")
-    capfd.readouterr()
-    for workers in (0, 1):
-        with pytest.raises(SystemExit) as error:
-            run(tmp_path / "bad", "--data", root, "--epochs", 4, "--workers", workers, "--overwrite")
-        said = capfd.readouterr().err
-        assert error.value.code == 2 and f"{victim} is no readable image" in said and len(said.splitlines()) == 1
+    assert len(log) == 2 and log[-1]["epoch"] == 2 and log[-1]["replaced"] == 0
 
 
 def test_mixed_precision(tmp_path):
@@ -916,7 +910,31 @@ BAD = [  # options, what the one line must say
     ("--out {tmp}/strange", "holds a log.jsonl but no last.pt"),
     ("--out {tmp}/other", "mask_ratio (0.5 there, 0.6 here)"),
     ("--out {tmp}/half", "does not fit this model"),
+    ("--out {tmp}/cut", "previous.pt has no checksum"),
+    ("--out {tmp}/hostile", "has no checksum: it is damaged, or no checkpoint of this program"),
+    ("--out {tmp}/sealed", "holds Python objects beside tensors, which are never run here"),
+    ("--out {tmp}/elsewhere", "no checkpoint of this program"),
+    ("--out {tmp}/held", "another process is training in {tmp}/held"),
+    ("--save-minutes -1", "-1 is not 0 or more"),
+    ("--save-epochs 0", "0 is not 1 or more"),
+    ("--max-bad 2", "2 is not in 0..1"),
 ]
+
+
+class Harm:
+    """What would do harm when it is unpickled: it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def checkpoint(identity, step=3, **more):
+    """The smallest that looks like one."""
+    counts = dict(skipped=0, in_a_row=0, replaced=0, this_epoch=0)
+    return dict(identity=identity, step=step, counts=counts, model={}, optimizer={}, scaler={}) | more
 
 
 @pytest.fixture
@@ -931,10 +949,17 @@ def bad_inputs(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "log.jsonl").write_text("precious")
-    identity = config_of() | dict(seed=0, micro_batch=32)
-    for name, more in (("half", {}), ("other", dict(mask_ratio=0.5))):
+    identity = config_of() | dict(seed=0, images=4096, micro_batch=32)
+    for name, more in (("half", {}), ("other", dict(mask_ratio=0.5)), ("cut", {})):
         (tmp_path / name).mkdir()
-        torch.save(dict(identity=identity | more, step=3, model={}, optimizer={}, scaler={}), tmp_path / name / "last.pt")
+        weights.write(str(tmp_path / name / "last.pt"), checkpoint(identity | more), str(tmp_path / name / "previous.pt"))
+    whole = (tmp_path / "cut" / "last.pt").read_bytes()
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "cut" / name).write_bytes(whole[:-9])
+    for name, state in (("hostile", Harm(tmp_path / "harm")), ("sealed", {"model": Harm(tmp_path / "harm")}), ("elsewhere", {"model": {}})):
+        (tmp_path / name).mkdir()
+        weights.write(str(tmp_path / name / "last.pt"), state) if name != "hostile" else torch.save(state, tmp_path / name / "last.pt")
+    (tmp_path / "held").mkdir()
     torch.save({"state_dict": {}}, tmp_path / "foreign" / "last.pt")
     (tmp_path / "damaged" / "last.pt").write_text("hello")
     return tmp_path
@@ -944,14 +969,18 @@ def test_bad_input_is_one_line(bad_inputs, capsys):
     def tree():
         return {p: p.read_bytes() for p in bad_inputs.rglob("*") if p.is_file()}
 
+    holds = subprocess.Popen([sys.executable, "-c", "import fcntl, sys\nfile = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+                              "print(flush=True); sys.stdin.read()", bad_inputs / "held" / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holds.stdout.readline()
     before = tree()
     for options, says in BAD:
         argv = shlex.split(options.format(tmp=bad_inputs))
         with pytest.raises(SystemExit) as error:
             train.main(argv if "--out" in argv else argv + ["--out", str(bad_inputs / "out")])
         said = capsys.readouterr()
-        assert error.value.code == 2 and says in said.err and len(said.err.splitlines()) == 1, (options, said.err)
-    assert tree() == before and not (bad_inputs / "out").exists()
+        assert error.value.code == 2 and says.format(tmp=bad_inputs) in said.err and len(said.err.splitlines()) == 1, (options, said.err)
+    assert tree() == before and not (bad_inputs / "out").exists() and not (bad_inputs / "harm").exists()
+    holds.communicate(b"")
 
 
 def process(argv, **options):
@@ -1330,7 +1359,7 @@ def test_lamb_is_timms():
     again, groups = problem()
     other = finetune.LAMB(groups, lr=8e-3)
     other.load_state_dict(mine.state_dict())                                # continues with its moments and its step
-    assert other.param_groups[0]["step"] == 6 and torch.equal(other.state[again[0].weight]["mean"], mine.state[ours[0].weight]["mean"])
+    assert other.state[again[0].weight]["steps"] == 6 and torch.equal(other.state[again[0].weight]["mean"], mine.state[ours[0].weight]["mean"])
 
 
 def test_mixed_targets():
@@ -1591,7 +1620,7 @@ def test_a_training_step_by_hand(labelled, tmp_path):
     source, velocity = data.Folder(str(labelled), "train"), {}
     for step, batch in enumerate(data.Batches(48, 12, 12, 0, 2)):
         views = data.Views(source, lambda sample, g: finetune.train_view(sample, g, config))
-        image, label = (torch.stack(list(map(torch.as_tensor, each))) for each in zip(*(views[s] for s in batch)))
+        image, label = (torch.stack(list(map(torch.as_tensor, each))) for each in zip(*(views[s][0] for s in batch)))
         target = 0.7 * torch.nn.functional.one_hot(label, 3) + 0.1
         gradients = torch.autograd.grad(-(target * model(data.normalize(image)).log_softmax(1)).sum(1).mean(), list(model.parameters()))
         shrink = min(1.0, 0.5 / (float(torch.cat([g.flatten() for g in gradients]).norm()) + 1e-6))
@@ -1752,7 +1781,7 @@ def test_bad_input_of_finetune_is_one_line(labelled, tmp_path, capsys):
         (tmp_path / name).mkdir()
     (tmp_path / "strange" / "result.json").write_text("{}")
     identity = protocol_of() | dict(task="class", eval=False, init=None, freeze=False, labels=None, seed=0, epochs=3)
-    torch.save(dict(identity=identity, step=3, model={}, optimizer={}, scaler={}), tmp_path / "other" / "last.pt")
+    weights.write(str(tmp_path / "other" / "last.pt"), checkpoint(identity))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for options, says in BAD_TUNING:
         argv = shlex.split(options.format(tmp=tmp_path, data=labelled)) + ["--workers", "0"]
@@ -2074,7 +2103,7 @@ def test_the_loop_never_waits_for_the_gpu(script, arch, pictures, tmp_path, monk
         return [((image, second), [])] * (2 * steps)
 
     for owner, name, value in ((harness, "start_processes", lambda: (1, cuda)), (train, "place", place), (train, "learning_rate", learning_rate),
-                               (train, "draw", lambda *_: None), (harness.Run, "commit", commit), (harness.Run, "flush", flush),
+                               (train, "draw", lambda *_: None), (harness.Run, "commit", commit), (harness.Run, "flush", flush), (weights, "write", lambda *_: None),
                                (data, "loader", loader), (torch.Tensor, "backward", backward), (torch.cuda, "Event", Event),
                                (torch, "manual_seed", lambda seed: None), (finetune, "evaluate", lambda *_: (dict(top1=0.0, n=1), [])),
                                (finetune, "finish", lambda *_, **__: None)):
@@ -2164,6 +2193,617 @@ def test_step_flops_are_counted():
     tokens, dim, mlp, depth = 65, 96, 384, 4
     block = tokens * dim * (4 * dim + 2 * mlp) + 2 * tokens ** 2 * dim
     assert step.flops() == pytest.approx(3 * 2 * (depth * block + 64 * dim * 3 * 64 * 2), rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------ a run that survives
+# SLOW=1 python -m pytest -q -k survives           as often as it takes to believe it: half an hour
+
+SLOW = bool(os.environ.get("SLOW"))
+SMALL = ["--img-size", "32", "--batch-size", "16", "--micro-batch", "8", "--drop-path", "0.2", "--epochs", "1", "--log-every", "1"]
+
+SERVER = """
+import json, os, sys, traceback
+import data, finetune, train
+print(flush=True)
+for line in sys.stdin:
+    script, argv, out = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        file, code = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1
+        os.dup2(file, 1), os.dup2(file, 2)
+        try:
+            {"train.py": train.main, "finetune.py": finetune.main}[script](argv)
+            code = 0
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Server:
+    """Starts runs as processes of their own, without importing PyTorch for each: a process that has, and forks."""
+
+    def __init__(self, log):
+        self.log = str(log)
+        self.process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SERVER], cwd=HERE, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        self.process.stdout.readline()
+
+    def start(self, script, argv):
+        """The process id."""
+        self.process.stdin.write(json.dumps([script, list(map(str, argv)), self.log]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        """The exit code, minus the signal of one that was killed."""
+        return int(self.process.stdout.readline())
+
+    def run(self, script, argv):
+        self.start(script, argv)
+        return self.wait(), Path(self.log).read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+
+
+def all_below(pid):
+    return [p for child in children(pid) for p in (child, *all_below(child))]
+
+
+def wait_for(condition, what, seconds=60):
+    end = time.time() + seconds
+    while not (found := condition()):
+        assert time.time() < end, f"no {what}"
+        time.sleep(0.001)
+    return found
+
+
+def assert_same_end(one, other):
+    """Weights, optimizer and counts, to the last bit; and the same losses at the same steps, each once."""
+    a, b = (weights.read(str(Path(path) / "last.pt"), sealed=True) for path in (one, other))
+    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+    a, b = ([{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in (Path(path) / "log.jsonl").read_text().splitlines()]
+            for path in (one, other))
+    assert [e["step"] for e in b if "loss" in e] == [e["step"] for e in a if "loss" in e] == list(range(1, 1 + a[-1]["step"])) and a == b
+
+
+def kill_at_random(pid, out, chance, seconds):
+    """SIGKILL; half of the time in the middle of a save."""
+    time.sleep(chance.uniform(0, seconds))
+    if chance.random() < 0.5:
+        with contextlib.suppress(AssertionError):                           # it may have ended
+            wait_for(lambda: (out / "last.pt.tmp").exists() or not alive(pid), "save", 5)
+            time.sleep(chance.uniform(0, 0.01))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("script,options", [("train.py", ["--steps", "24"]), ("finetune.py", ["--mixup", "0.8", "--ema", "0.9", "--steps", "12", "--randaugment", "7"])])
+def test_survives_sigkill(script, options, server, labelled, tmp_path):
+    """Killed at random moments, saves included, and started again: the weights are those of the run that was left alone."""
+    options = SMALL + options + (["--data", labelled, "--epochs", "4"] if script == "finetune.py" else [])
+    began = time.time()
+    assert server.run(script, [*options, "--workers", "0", "--out", tmp_path / "whole"])[0] == 0
+    seconds, chance, killed, torn = time.time() - began, random.Random(0), 0, 0
+    for i in range((50 if script == "train.py" else 10) if SLOW else 3):
+        out = tmp_path / f"run{i}"
+        command = [*options, "--workers", i % 3, "--save-minutes", (0, 0, 0.003)[i % 3], "--out", out]
+        kill_at_random(server.start(script, command), out, chance, 1.2 * seconds)
+        killed += server.wait() == -signal.SIGKILL
+        torn += (out / "last.pt.tmp").exists()
+        code, said = server.run(script, command)
+        assert code == 0, said
+        assert_same_end(tmp_path / "whole", out)
+        shutil.rmtree(out)
+    print(f"{script}: {killed} of {i + 1} killed, {torn} of them while a checkpoint was being written")
+    assert killed >= 0.6 * i
+
+
+def agent(processes, out, *argv, **environment):
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *argv]
+    with open(out, "w") as log:
+        return subprocess.Popen(list(map(str, command)), cwd=HERE, stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
+
+
+def ranks(torchrun, out):
+    """The processes that torchrun started, once the run has its folder."""
+    return wait_for(lambda: (out / "log.jsonl").exists() and children(torchrun.pid), "run")
+
+
+def test_survives_the_death_of_a_rank(tmp_path):
+    """torchrun --max-restarts: one of two processes is killed, both start again by themselves and end as if nothing had been."""
+    options = [*SMALL, "--steps", "30", "--workers", "1", "--save-minutes", "0"]
+    assert agent(2, tmp_path / "log", "train.py", *options, "--out", tmp_path / "whole").wait() == 0
+    chance = random.Random(1)
+    for i in range(10 if SLOW else 1):
+        out = tmp_path / f"run{i}"
+        parent = agent(2, tmp_path / "log", "--max-restarts=1", "train.py", *options, "--overwrite", "--out", out)
+        victim = ranks(parent, out)[chance.randrange(2)]
+        kill_at_random(victim, out, chance, 1)
+        assert parent.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        assert "continuing after step" in (tmp_path / "log").read_text()
+        assert_same_end(tmp_path / "whole", out)
+
+
+def test_survives_signals(server, labelled, tmp_path):
+    """SIGTERM, Ctrl-C and SIGUSR1, at random moments: a checkpoint within two steps, exit code 75, no process left, and the same end."""
+    scripts = {"train.py": [*SMALL, "--steps", "24"], "finetune.py": [*SMALL, "--data", labelled, "--epochs", "8"]}
+    chance = random.Random(2)
+    for script, options in scripts.items():
+        assert server.run(script, [*options, "--workers", "0", "--out", tmp_path / script])[0] == 0
+    for i in range(21 if SLOW else 3):
+        script, out = list(scripts)[i % 2], tmp_path / f"run{i}"
+        command, log = [*scripts[script], "--workers", "1", "--out", out], out / "log.jsonl"
+        pid = server.start(script, command)
+        wait_for(lambda: log.exists() and log.read_text().count("loss") > chance.randrange(12), "steps")
+        helpers, step = children(pid), log.read_text().count('"loss"')
+        os.kill(pid, number := harness.SIGNALS[i % 3])
+        code, said = server.wait(), Path(server.log).read_text()
+        assert code == 75 and f"{signal.Signals(number).name}: stopping after this step" in said and "The same command goes on" in said, said
+        assert "Traceback" not in said and step <= weights.read(str(out / "last.pt"), sealed=True)["step"] <= step + 2
+        assert not any(map(alive, (pid, *helpers)))
+        code, said = server.run(script, command)
+        assert code == 0 and "continuing after step" in said
+        assert_same_end(tmp_path / script, out)
+    pid = server.start("train.py", [*SMALL, "--workers", "1", "--out", tmp_path / "twice", "--micro-batch", "1", "--img-size", "96"])
+    helpers = ranks(SimpleNamespace(pid=pid), tmp_path / "twice")
+    os.kill(pid, signal.SIGINT), time.sleep(0.02), os.kill(pid, signal.SIGINT)      # the second time, at once
+    assert server.wait() in (75, 130)
+    wait_for(lambda: not any(map(alive, helpers)), "end of the workers", 10)
+
+
+def test_survives_sigterm_of_torchrun(tmp_path):
+    """Two processes agree on the step, save once, and none is left."""
+    for i in range(5 if SLOW else 1):
+        out, log = tmp_path / f"run{i}", tmp_path / "log"
+        parent = agent(2, log, "train.py", *SMALL, "--workers", "1", "--out", out)
+        wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("loss") > 3 * i, "steps")
+        everyone, step = all_below(parent.pid), (out / "log.jsonl").read_text().count("loss")
+        parent.terminate()
+        assert parent.wait(timeout=60) != 0 and len(everyone) >= 4          # two ranks and their workers
+        assert not any(map(alive, everyone)) and "stopped after step" in log.read_text()
+        assert step <= weights.read(str(out / "last.pt"), sealed=True)["step"] <= step + 2
+
+
+def test_survives_on_two_nodes(tmp_path):
+    """Two torchrun agents that find each other, as on two machines with one disk: the run of two processes on one."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ["train.py", *SMALL, "--steps", "6", "--workers", "0", "--out"]
+    node = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=1",
+            f"--rdzv_endpoint=localhost:{port}", *options, str(tmp_path / "nodes")]
+    agents = [subprocess.Popen(node, cwd=HERE, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+              for _ in range(2)]
+    assert [each.wait(timeout=120) for each in agents] == [0, 0]
+    assert agent(2, tmp_path / "log", *options, tmp_path / "one").wait() == 0
+    assert_same_end(tmp_path / "one", tmp_path / "nodes")
+
+
+WATCHED = """
+import json, os, sys, zlib
+import data, harness, train
+seen, loader = open(os.environ["SEEN"] + os.environ.get("RANK", "0"), "a"), data.loader
+def watched(*args):
+    for (image, mask), problems in loader(*args):
+        seen.write(json.dumps([zlib.crc32(i.numpy().tobytes() + m.numpy().tobytes()) for i, m in zip(image, mask)]) + "\\n")
+        seen.flush()
+        yield (image, mask), problems
+data.loader = watched
+train.main(sys.argv[1:])
+"""
+
+
+def test_survives_another_number_of_processes(tmp_path):
+    """Continued on two processes, with other workers and accumulation: the same samples, crops and masks, and the same losses."""
+    script = tmp_path / "watched.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + WATCHED)
+    options = ["--img-size", "32", "--batch-size", "16", "--drop-path", "0", "--frequency-loss", "none", "--epochs", "1", "--log-every", "1"]
+
+    def go(name, out, processes, workers, micro, steps):
+        environment = os.environ | dict(SEEN=str(tmp_path / name), OMP_NUM_THREADS="1")
+        torchrun = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run([sys.executable, "-W", "ignore", *torchrun, script, *options, "--out", tmp_path / out, "--workers", str(workers), "--micro-batch",
+                               str(micro), "--steps", str(steps)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        parts = [[json.loads(line) for line in (tmp_path / f"{name}{rank}").read_text().splitlines()] for rank in range(processes)]
+        return [sample for micros in zip(*parts, strict=True) for micro in micros for sample in micro]
+
+    whole = go("whole", "whole", 1, 0, 16, 12)
+    assert len(whole) == 12 * 16 and len(set(whole)) == len(whole)
+    assert go("first", "other", 1, 0, 16, 5) == whole[:5 * 16]
+    assert go("second", "other", 2, 1, 4, 9) == whole[5 * 16:9 * 16]        # two processes, accumulated twice
+    assert go("third", "other", 1, 2, 8, 12) == whole[9 * 16:]
+    a, b = ([json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "other"))
+    assert len(a) == 12 and max(abs(x - y) / x for x, y in zip(a, b, strict=True)) < 1e-5
+
+
+def a_run(out):
+    """A run in its folder, outside of a training loop."""
+    run = harness.Run(train.parse(["--out", str(out)]), str(out), dict(epochs=1), 1000, ())
+    return run, run.underway(lambda: dict(model=dict(w=torch.full((500,), float(run.saved))), optimizer={}, scaler={}), train.PARTS, train.LINE, 1)
+
+
+class Full:
+    """A file on a disk with room for so many bytes more."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, block):
+        block = bytes(memoryview(block).cast("B"))
+        if len(block) > self.room:
+            self.file.write(block[:self.room])
+            raise OSError(28, "No space left on device")
+        self.room -= len(block)
+        return self.file.write(block)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def test_survives_a_full_disk_at_every_point_of_a_save(tmp_path, monkeypatch, capsys):
+    """Each byte range and each call that a save makes fails in turn: the run says so and goes on, a good checkpoint is there."""
+    def failing(function, at, calls):
+        def call(*args):
+            calls.append(function.__name__)
+            if len(calls) == at:
+                raise OSError(28, "No space left on device")
+            return function(*args)
+        return call
+
+    run, underway = a_run(tmp_path / "run")
+    with underway:
+        run.save(1), run.save(2)
+        size, kept = os.path.getsize(run.last), 2
+        points = [("bytes", at) for at in [*range(0, size, size // 20), size - 80, size - 1]] + [("calls", at) for at in range(1, 6)]
+        for done, (kind, at) in zip(range(4, 100, 2), points):
+            calls = []
+            if kind == "calls":
+                run.save(done - 1)                                          # last.pt and previous.pt are both there
+                kept = done - 1
+            with monkeypatch.context() as patch:
+                if kind == "bytes":
+                    patch.setattr(weights, "open", lambda path, mode: Full(open(path, mode), at) if mode == "wb" else open(path, mode), raising=False)
+                else:                                                       # fsync, two renames, fsync of the folder
+                    for name in ("fsync", "replace"):
+                        patch.setattr(os, name, failing(getattr(os, name), at, calls))
+                run.save(done)
+            said = capsys.readouterr().out
+            there = a_run(tmp_path / "run")[0].state["step"]
+            if kind == "calls" and at == 5:                                 # a save makes four calls
+                assert len(calls) == 4 and there == done and said == ""
+            else:                                                           # once it is renamed it counts, whatever happens next
+                assert f"{run.last} cannot be written (No space left on device)" in said and "The run goes on" in said
+                assert there == (done if kind == "calls" and at == 4 else kept), (kind, at)
+                assert run.next_save < time.time() + 61                     # tries again soon
+            kept = there
+            assert not os.path.exists(run.last + ".tmp")
+        monkeypatch.setattr(os, "fsync", failing(os.fsync, 1, []))
+        run.stopping = True                                                 # the last chance to save
+        with pytest.raises(SystemExit) as error:
+            run.save(done + 1)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "cannot be written (No space left on device); there is still the one of step" in said and len(said.splitlines()) == 1
+    assert a_run(tmp_path / "run")[0].state["step"] == kept
+
+
+def test_survives_a_disk_that_is_really_full(tmp_path):
+    """On a file system of 13 MB, two checkpoints of 5.7 MB fit, and no third beside them: the run goes on to its end, says so, and the
+    second stays; with more room, the same command finishes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = shlex.join([sys.executable, "-W", "ignore", "train.py", *SMALL, "--workers", "0", "--save-minutes", "0", "--out", str(disk / "run")])
+    script = f"mount -t tmpfs -o size=13m none {disk} && {command} --steps 4; echo code $?; mount -o remount,size=40m {disk}; {command} --steps 5; echo code $?"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=HERE) if shutil.which("unshare") else None
+    if done is None or "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no right to mount a file system")
+    first, second = done.stdout.split("code ", 1)
+    assert "last.pt cannot be written (No space left on device)" in first and "The run goes on" in first and second.startswith("2"), done.stderr
+    assert "Traceback" not in done.stderr and "there is still the one of step 2" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "continuing after step 2" in second and second.endswith("code 0\n")
+
+
+def test_survives_damage(pictures, tmp_path, capsys):
+    """A flipped byte or a cut, at a hundred random places each, of a checkpoint and of a pack: detected, and the previous checkpoint used."""
+    rng = np.random.default_rng(0)
+
+    def damages(whole, count=100):
+        for at in rng.integers(0, len(whole), count):
+            yield whole[:at] + bytes([whole[at] ^ int(rng.integers(1, 256))]) + whole[at + 1:]
+            yield whole[:at]
+
+    run, underway = a_run(tmp_path / "run")
+    with underway:
+        run.save(1), run.save(2)
+    last = tmp_path / "run" / "last.pt"
+    whole = last.read_bytes()
+    for content in damages(whole):
+        last.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged"):
+            weights.read(str(last), sealed=True)
+        again = a_run(tmp_path / "run")[0]
+        assert again.state["step"] == 1 and "last.pt" in again.note and f"going on from {again.previous}" in again.note
+    again, underway = a_run(tmp_path / "run")
+    again.announce(dict(batch_size=1, epochs=1, lr=1.0), 1, 1)
+    assert "going on from" in capsys.readouterr().out
+    with underway:                                                          # a damaged file is kept aside and never becomes the previous one
+        again.save(2)
+    assert (tmp_path / "run" / "damaged.pt").read_bytes() == content and weights.read(again.previous, sealed=True)["step"] == 1
+    assert weights.read(str(last), sealed=True)["step"] == 2
+    data.pack(str(pictures), str(tmp_path / "pack"))
+    names = {name: (tmp_path / "pack" / name).read_bytes() for name in data.NAMES}
+    for name, whole in names.items():
+        for content in damages(whole, 100 if name == "images.bin" else 40):
+            (tmp_path / "pack" / name).write_bytes(content)
+            with pytest.raises(ValueError, match="damaged|truncated|half-written|this program reads"):     # BadImage is one
+                for split in ("train", "val"):
+                    packed = data.Packed(str(tmp_path / "pack"), split)
+                    [packed[i] for i in range(len(packed))]
+        (tmp_path / "pack" / name).write_bytes(whole)
+    assert len(data.Packed(str(tmp_path / "pack"), "train")) == 33
+
+
+def odd_images(folder, count):
+    """`count` of each kind that is met in the wild. Returns the names of those that nobody could read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(data.Shapes(40)[3][0].permute(1, 2, 0).numpy())
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    frame = jpeg.index(b"\xff\xc0")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    header = lambda w, h: b"IHDR" + w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    chunk = lambda content: (len(content) - 4).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+    png = lambda w, h: b"\x89PNG\r\n\x1a\n" + chunk(header(w, h)) + chunk(b"IDAT" + zlib.compress(bytes(1000))) + chunk(b"IEND")
+    bad = {"truncated.jpg": jpeg[:len(jpeg) // 2], "empty.jpg": b"", "text.png": b"<html>404 Not Found</html>", "nothing.png": png(0, 0),
+           "bomb.png": png(50000, 50000), "bomb.jpg": jpeg[:frame + 5] + b"\xff\xdc\xff\xdc" + jpeg[frame + 9:],
+           "bomb.gif": b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x02D\x01\x00;"}
+    for i in range(count):
+        for name, content in bad.items():
+            (folder / f"{i}-{name}").write_bytes(content)
+        picture.save(folder / f"{i}-mislabelled.jpg", "PNG")
+        (folder / f"{i}-deep.png").write_bytes(png_of_16_bits(257 * np.array(picture).astype(np.uint16)))
+        for kind, mode in (("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("grey.jpg", "L"), ("alpha.webp", "RGBA"), ("bits.tif", "1")):
+            picture.convert(mode).save(folder / f"{i}-{kind}")
+        for kind in ("gif", "webp"):
+            picture.save(folder / f"{i}-animated.{kind}", save_all=True, append_images=[picture.rotate(90), picture.rotate(180)], duration=9)
+        picture.save(folder / f"{i}-turned.jpg", exif=exif)
+        picture.resize((1, 1)).save(folder / f"{i}-pixel.png")
+        picture.resize((3000, 2)).save(folder / f"{i}-strip.png")
+    (folder / "folder.jpg").mkdir(exist_ok=True)
+    (folder / "link.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.jpg")                                          # reading it would take forever
+    return {f"{i}-{name}" for i in range(count) for name in bad} | {"link.jpg", "pipe.jpg"}
+
+
+def test_odd_images(tmp_path):
+    bad = odd_images(tmp_path, 1)
+    picture = data.Shapes(40)[3][0]
+    for path in sorted(tmp_path.iterdir()):
+        if path.name in bad or path.is_dir():
+            with pytest.raises(data.BadImage, match=re.escape(path.name) + " is no readable image") as error:
+                data.read_image(str(path))
+            assert ("too many" in str(error.value)) == ("bomb" in path.name), error.value
+            assert len(str(error.value).splitlines()) == 1
+            continue
+        image = data.read_image(str(path))
+        assert image.dtype == torch.uint8 and image.is_contiguous() or image.stride()[0] == 1
+        size = {"0-pixel.png": (1, 1), "0-strip.png": (2, 3000)}.get(path.name, (40, 40))
+        assert image.shape == (3, *size)
+        expected = picture.rot90(-1, (1, 2)) if "turned" in path.name else picture
+        if size == (40, 40) and not re.search("bits|grey|palette|gif", path.name):
+            assert (image.float() - expected).abs().mean() < 12, path.name
+        assert data.evaluation_crop(image, 256, 224).shape == data.random_resized_crop(image, 224, (0.1, 1), data.generator(0)).shape == (3, 224, 224)
+    strip = data.Shapes(40)[0][0].repeat(1, 1, 101)[:, :2, :4000]           # the middle of a strip is what it was
+    assert torch.equal(data.evaluation_crop(strip, 32, 32), data.TF.center_crop(data.TF.resize(strip, [32], data.BICUBIC, antialias=True), [32, 32]))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """256 photographs' worth of images to train on, 2 % of each odd kind among them, and 40 to test on, four of them unreadable."""
+    root = tmp_path_factory.mktemp("mixed")
+    bad = odd_images(root / "train" / "a", 4)                               # 16 kinds, 4 of each, and two more
+    there = sum(p.is_file() or p.name in bad for p in (root / "train" / "a").iterdir())
+    for split, count in (("train", 240 - there), ("val", 36)):
+        for i in range(count):
+            path = root / split / "ab"[i % 2] / f"photo{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(data.Shapes(48, count=400)[i][0].permute(1, 2, 0).numpy()).save(path)
+    for i in range(4):
+        (root / "val" / "a" / f"broken{i}.jpg").write_bytes(b"broken")
+    return root, {str(root / "train" / "a" / name) for name in bad}
+
+
+def test_survives_bad_images(mixed, tmp_path, capsys):
+    """Unreadable images are replaced by the same others on every run and number of processes, counted and listed; above a share, a
+    run stops, and goes on when it may."""
+    root, bad = mixed
+    options = ["--data", str(root), "--img-size", "32", "--batch-size", "16", "--epochs", "2", "--drop-path", "0", "--frequency-loss", "none", "--log-every", "1"]
+    logs = {}
+    for name, more in (("one", ["--workers", "0"]), ("two", ["--workers", "2"])):
+        train.main([*options, *more, "--max-bad", "0.2", "--out", str(tmp_path / name)])
+        logs[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    logs["processes"] = torchrun(2, tmp_path / "processes", *options, "--workers", "1", "--max-bad", "0.2")
+    assert [e["replaced"] for e in logs["one"]][14::15] == [len(bad), 2 * len(bad)]        # 240 images, 15 steps an epoch
+    for name, log in logs.items():
+        assert [e["replaced"] for e in log] == [e["replaced"] for e in logs["one"]], name
+        assert max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(log, logs["one"], strict=True)) < 1e-5, name
+        listed = (tmp_path / name / "bad_images.txt").read_text().splitlines()
+        assert {line.split(" is no readable image")[0] for line in listed} == bad and len(listed) == len(bad)
+    capsys.readouterr()
+    code = []
+    for _ in range(2):                                                      # both times at the next bad image
+        with pytest.raises(SystemExit) as error:
+            train.main([*options, "--workers", "0", "--out", str(tmp_path / "strict")])
+        said, step = capsys.readouterr().err, weights.read(str(tmp_path / "strict" / "last.pt"), sealed=True)["step"]
+        assert error.value.code == 2 and len(said.splitlines()) == 1 and "more than --max-bad 0.01" in said and "bad_images.txt" in said
+        code.append(step)
+    assert 0 < code[0] < code[1] < 15
+    train.main([*options, "--workers", "0", "--max-bad", "0.2", "--out", str(tmp_path / "strict")])
+    assert_same_end(tmp_path / "one", tmp_path / "strict")
+    few = ["--data", str(root), "--arch", "vit_nano", "--img-size", "32", "--max-bad", "0.2", "--workers", "0"]
+    finetune.main([*few, "--batch-size", "24", "--steps", "2", "--out", str(tmp_path / "tuned")])
+    finetune.main([*few, "--init", str(tmp_path / "tuned" / "last.pt"), "--eval", "--out", str(tmp_path / "eval")])
+    finetune.main([*few, "--init", str(tmp_path / "tuned" / "last.pt"), "--protocol", "knn", "--out", str(tmp_path / "knn")])
+    for name in ("tuned", "eval", "knn"):
+        assert json.loads((tmp_path / name / "result.json").read_text())["n"] == 36, name
+        assert (tmp_path / name / "bad_images.txt").read_text().count("val/a/broken") == 4
+    with pytest.raises(SystemExit) as error:
+        finetune.main([*few, "--init", str(tmp_path / "tuned" / "last.pt"), "--eval", "--out", str(tmp_path / "eval2"), "--max-bad", "0.05"])
+    assert error.value.code == 2 and "4 of 40 images could not be read, more than --max-bad 0.05" in capsys.readouterr().err
+
+
+BROKEN = """
+import os, sys
+import losses, train
+calls, original = [0], losses.A2MIMLoss.__call__
+def broken(self, *args):
+    out, step = original(self, *args), calls[0] // 2                        # two micro-batches a step
+    calls[0] += 1
+    at, rank, how = os.environ["BROKEN"].split()
+    if rank == os.environ.get("RANK", "0") and str(step) in at.split(","):
+        out["loss"] = out["loss"] * float(how)
+    return out
+losses.A2MIMLoss.__call__ = broken
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano"])
+def test_survives_numbers_that_are_not_finite(arch, tmp_path):
+    """NaN or infinity at some steps on one of two processes: these steps are left out on both, and counted; the next ones train."""
+    script = tmp_path / "broken.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + BROKEN)
+    options = [*SMALL[:4], "--micro-batch", "4", "--epochs", "1", "--log-every", "1", "--steps", "8", "--workers", "0", "--arch", arch]
+    for how in ("nan", "inf"):
+        done = agent(2, tmp_path / "log", script, *options, "--out", tmp_path / how, BROKEN=f"2,5 1 {how}")
+        assert done.wait() == 0, (tmp_path / "log").read_text()
+        log = [json.loads(line) for line in (tmp_path / how / "log.jsonl").read_text().splitlines()]
+        assert [e["skipped"] for e in log] == [0, 0, 1, 1, 1, 2, 2, 2] and [e["loss"] is None for e in log] == [e["step"] in (3, 6) for e in log]
+        assert "step 3 is left out: its loss or gradient is not finite (1 so far)" in (tmp_path / "log").read_text()
+        state = weights.read(str(tmp_path / how / "last.pt"), sealed=True)
+        assert all(v.isfinite().all() for v in tree_leaves(state) if torch.is_tensor(v)) and state["counts"]["skipped"] == 2
+        steps = {float(s["step"]) for s in state["optimizer"]["state"].values()}
+        assert steps == {6.0}                                               # the optimizer took six
+    assert_same_end(tmp_path / "nan", tmp_path / "inf")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_step_left_out_leaves_no_trace(optimizer, when):
+    """Weights, optimizer and batch statistics are as if the step had not been, the first one included."""
+    def train_on(batches):
+        torch.manual_seed(0)
+        model = models.Predictor(models.build("resnet_nano", 32).encoder, 3).train()
+        made = finetune.make_optimizer(model, dict(optimizer=optimizer, lr=0.01, weight_decay=0.1, layer_decay=None))
+        scaler = train.precision("off", torch.device("cpu"))[1]
+        for image in batches:
+            before = [b.clone() for b in train.statistics(model)]
+            loss = model(image).square().mean()
+            loss.backward()
+            skipped = train.update(model, made, scaler, 1.0, loss.detach(), before)
+            assert bool(skipped) == bool(image.isnan().any())
+        return [p.detach() for p in model.parameters()] + train.statistics(model) + [
+            t for state in made.state.values() for t in state.values() if torch.is_tensor(t)]
+
+    images = list(torch.randn(4, 6, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    broken = images[:when] + [images[0].clone().fill_(math.nan)] + images[when:]
+    for a, b in zip(train_on(images), train_on(broken), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_survives_no_longer(tmp_path, capsys, monkeypatch):
+    """Twenty steps in a row without finite numbers, or weights that are not: the run ends, and names its last good checkpoint."""
+    options = ["--img-size", "32", "--batch-size", "16", "--workers", "0", "--epochs", "1", "--out", str(tmp_path / "run")]
+    train.main([*options, "--steps", "2"])
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    monkeypatch.setattr(losses.A2MIMLoss, "__call__", lambda self, r, *_: dict.fromkeys(train.PARTS, r.sum() * math.nan))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        train.main(options)
+    said = capsys.readouterr()
+    assert error.value.code == 2 and len(said.err.splitlines()) == 1 and said.out.count("is left out") == 20
+    assert f"in 20 steps, up to 22: try a smaller --lr, or --amp off. The last good checkpoint is {tmp_path / 'run' / 'last.pt'}, of step 2" in said.err
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "update", lambda model, *_: [p.data.fill_(math.inf) for p in model.parameters()] and torch.zeros(()))
+    with pytest.raises(SystemExit) as error:
+        train.main([*options, "--steps", "3"])
+    assert error.value.code == 2 and "weights are no longer finite" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_the_same_command(tmp_path, capsys, monkeypatch):
+    """Finished: it says so and changes nothing. Another number of images: refused. --overwrite, started again by torchrun: goes on."""
+    root = write_images(tmp_path / "images", [f"{i:02}.png" for i in range(40)])
+    options = ["--data", root, "--img-size", "32", "--batch-size", "16", "--epochs", "2", "--workers", "0", "--out", str(tmp_path / "run")]
+    train.main([*options, "--save-epochs", "1"])
+    assert weights.read(str(tmp_path / "run" / "previous.pt"), sealed=True)["step"] == 2           # after an epoch, and at the end
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    train.main(options)
+    assert "already at step 4 of 4; finished: --overwrite starts anew" in capsys.readouterr().out
+    write_images(tmp_path / "images", ["new.png", "new2.png"])
+    with pytest.raises(SystemExit) as error:
+        train.main(options)
+    assert error.value.code == 2 and "images (32 there, 33 here)" in capsys.readouterr().err
+    for name in ("new.png", "new2.png"):
+        (tmp_path / "images" / name).unlink()
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    train.main([*options, "--steps", "3", "--overwrite"])
+    assert not (tmp_path / "run" / "previous.pt").exists() or weights.read(str(tmp_path / "run" / "previous.pt"), sealed=True)["step"] == 0
+    monkeypatch.setattr(harness, "ATTEMPT", 1)
+    train.main([*options, "--overwrite"])
+    assert "continuing after step 3" in capsys.readouterr().out
+    (tmp_path / "run" / "last.pt").unlink()                                 # killed between the two renamings
+    train.main([*options, "--steps", "4"])
+    assert "last.pt is missing: going on from" in capsys.readouterr().out and weights.read(str(tmp_path / "run" / "last.pt"), sealed=True)["step"] == 4
+
+
+def test_code_in_files_is_never_run(tmp_path, capsys):
+    """A checkpoint that would run code when unpickled naively, and honest ones with objects in them: one clear line."""
+    vit, harm = models.build("vit_nano", 32).state_dict(), tmp_path / "harm"
+    for name, state in (("harm", {"model": vit, "x": Harm(harm)}), ("arguments", {"model": vit, "args": train.argparse.Namespace(lr=1)}),
+                        ("scalar", {"model": vit, "loss": np.float64(1)})):
+        for legacy in (False, True):
+            torch.save(state, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=not legacy)
+            for main, argv in ((weights.main, ["show"]), (weights.main, ["export", "--to", "timm"]), (finetune.main, ["--arch", "vit_nano", "--init"])):
+                with pytest.raises(SystemExit) as error:
+                    main([*argv, str(tmp_path / f"{name}.pt"), *([str(tmp_path / "out")] if "export" in argv else [])])
+                said = capsys.readouterr().err
+                assert error.value.code == 2 and len(said.splitlines()) == 1 and "holds Python objects beside tensors, which are never run" in said, said
+    assert not harm.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["arguments.pt", "harm.pt", "scalar.pt"]
+    torch.load(tmp_path / "harm.pt", weights_only=False)
+    assert harm.is_dir()                                                    # it would have
 
 
 # ------------------------------------------------------------------------------------------------ README.md
