@@ -117,7 +117,12 @@ def launch(work, args, config):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    with on_signals(lambda number, frame: sys.exit(STOPPED)):               # before the first step there is nothing to save
+
+    def leave(number, frame):                                               # before the first step there is nothing to save
+        print(f"{PROGRAM}: stopped by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(STOPPED)
+
+    with on_signals(leave):
         try:
             processes = start_processes()
         except ValueError as error:

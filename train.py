@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -282,8 +283,10 @@ def replicate(model, device, world, accumulate):
     exchange: they are constants, or statistics that synchronised batch norms agree on.)"""
     if world == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True, static_graph=accumulate == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                      # broadcast_buffers has another name from PyTorch 2.15 on
+        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True, static_graph=accumulate == 1)
 
 
 def loader_workers(args):
