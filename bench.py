@@ -374,7 +374,7 @@ def bench_safety(args):
         here = os.path.dirname(os.path.abspath(__file__))                   # the disk that runs/ is on
         with tempfile.TemporaryDirectory(dir=here) as folder:
             options = train.parse(["--arch", arch, "--log-every", "1000000000"])
-            run = harness.Run(options, folder, step.config, 10 ** 9 * step.config["epochs"], ())
+            run = harness.Run(options, folder, step.config, 10 ** 9 * step.config["epochs"])
             with run.underway(snapshot, train.PARTS, train.LINE, len(step.image)):
                 seconds = in_turn(args.runs, dict(step=step, without=without, checked=checked, write=lambda: run.save(1),
                                                   read=lambda: weights.read(run.last, sealed=True) and None), arch)

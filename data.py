@@ -9,11 +9,14 @@ All randomness of a sample is keyed by (seed, epoch, position in the epoch): the
 however many workers, processes or accumulation steps produce it.
 """
 import argparse
+import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import struct
@@ -37,6 +40,7 @@ FILL = [124, 116, 104]                                                      # th
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")              # not EPS, for which Pillow would start a program
 LARGEST = 2 * Image.MAX_IMAGE_PIXELS                                        # 179 megapixels, half a gigabyte: Pillow's limit too
 
 
@@ -45,12 +49,27 @@ class BadImage(ValueError):
 
 
 def sync_folder(folder):
-    """Have the names in a folder on the disk: until then, losing power may undo a renaming."""
+    """Have the names in a folder on the disk: until then, losing power may undo a renaming. Raises OSError."""
     at = os.open(folder or ".", os.O_RDONLY)
     try:
         os.fsync(at)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):                # some file systems know no such thing
+            raise
     finally:
         os.close(at)
+
+
+def write_file(path, content):
+    """Bytes into a file, all or nothing. Raises OSError, with the path in its text."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(content)
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from None
 
 
 def cores():
@@ -142,6 +161,16 @@ class TestViews(Views):
 def collated(samples, collate):
     views, problems = zip(*samples)
     return collate(views), [problem for problem in problems if problem]
+
+
+def kill_workers():
+    """Before multiprocessing waits for those that a failure left, and that ignore its request to end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                           # or PyTorch would complain that they died
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+atexit.register(kill_workers)
 
 
 def ignore_signals(worker=None):
@@ -243,9 +272,7 @@ def write_picture(path, images, columns):
     grid = torchvision.utils.make_grid(denormalize(images).cpu(), nrow=columns, padding=2)
     times = max(1, 128 // images.shape[-1])
     png = torchvision.io.encode_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2))
-    with open(path + ".tmp", "wb") as file:
-        file.write(png.numpy().tobytes())
-    os.replace(path + ".tmp", path)
+    write_file(path, png.numpy().tobytes())
 
 
 # ------------------------------------------------------------------------------------------------ folders, downloads
@@ -281,10 +308,10 @@ def read_image(path):
             limit(*size)
             with contextlib.suppress(RuntimeError):                         # of which Pillow may still make something
                 image = decode_image(torch.from_numpy(file), ImageReadMode.RGB, apply_exif_orientation=True)
-                return image if image.dtype == torch.uint8 else (image.int() // 257).byte()    # 16 bits a channel
+                return image if image.dtype == torch.uint8 else image.view(torch.uint8)[..., 1::2]     # of 16 bits, the upper half
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 limit(image.height, image.width)
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):                              # 16 bits; Pillow's own conversion cuts them off at 255
@@ -317,9 +344,14 @@ class Folder:
             self.root, hold_out = test or root, False
         else:
             self.root, hold_out = parts.get("train", root), True
-        found = sorted(os.path.join(folder, name).removeprefix(os.path.join(self.root, ""))
-                       for folder, _, names in os.walk(self.root, followlinks=True)
-                       for name in names if name.lower().endswith(EXTENSIONS))
+        found, above, prefix = [], {self.root: {os.path.realpath(self.root)}}, os.path.join(self.root, "")
+        for folder, folders, names in os.walk(self.root, followlinks=True):
+            found += [os.path.join(folder, name).removeprefix(prefix) for name in names if name.lower().endswith(EXTENSIONS)]
+            for path in [os.path.join(folder, name) for name in folders]:
+                if (real := os.path.realpath(path)) in above[folder]:       # a link to where we came from
+                    folders.remove(os.path.basename(path))
+                above[path] = above[folder] | {real}
+        found.sort()
         if not found:
             raise ValueError(f"no images ({' '.join(EXTENSIONS)}) in {self.root}")
         self.classes = sorted({path.split(os.sep)[0] for path in found if os.sep in path})

@@ -327,15 +327,16 @@ def evaluate(model, loader, task, device, autocast):
 
 
 def note_unreadable(problems, images, out, most):
-    """List images that could not be read for a test, on any process; leave if they are more than a share `most` of them."""
+    """List images that could not be read for a test, on any process. Returns a line if they are more than a share `most`."""
     problems = sum(gather(problems), [])
-    if problems:
-        together(lambda: RANK == 0 and harness.list_bad_images(out, set(problems)))
-        where = os.path.join(out, "bad_images.txt")
-        if len(problems) > most * images:
-            fail(f"{len(problems)} of {images:,} images could not be read, more than --max-bad {most:g}: repair or remove those in "
-                 f"{where}, or allow more")
-        say(f"{len(problems)} of {images:,} images could not be read and are not counted: {where}")
+    if not problems:
+        return None
+    together(lambda: RANK == 0 and harness.list_bad_images(out, set(problems)))
+    where = os.path.join(out, "bad_images.txt")
+    if len(problems) > most * images:
+        return (f"{len(problems)} of {images:,} images could not be read, more than --max-bad {most:g}: repair or remove those in "
+                f"{where}, or allow more")
+    say(f"{len(problems)} of {images:,} images could not be read and are not counted: {where}")
 
 
 @torch.no_grad()
@@ -366,7 +367,6 @@ def knn(bank, labels, queries, k, temperature, classes):
 
 # ------------------------------------------------------------------------------------------------ runs
 
-FILES = ("best.pt", "result.json")                                          # of a run, beside what the harness writes
 LINE = "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s"
 
 
@@ -443,7 +443,7 @@ def prepare(args, config, world, checkpoint):
         check_result(out, identity, args.overwrite)
         return None, this
     total = config["epochs"] * (len(source) // config["batch_size"])
-    run = harness.Run(args, out, identity | dict(images=len(source)), total, FILES)
+    run = harness.Run(args, out, identity | dict(images=len(source)), total)
     this.batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world,
                                 config["repeated_augmentation"] or 1)
     return run, this
@@ -485,17 +485,20 @@ def finish(this, args, metrics, **more):
     result = metrics | more | dict(task=args.task, protocol=this.identity["protocol"], arch=this.identity["arch"], init=args.init,
                                    config=this.identity)
     path = os.path.join(this.out, "result.json")
-
-    def write():
-        with open(path + ".tmp", "w") as file:
-            json.dump(result, file, indent=2)
-        os.replace(path + ".tmp", path)
-
-    together(lambda: RANK == 0 and write())
-    say(f"Result: {line(metrics)} ({metrics['n']:,} images). {path}")
+    together(lambda: RANK == 0 and data.write_file(path, json.dumps(result, indent=2).encode()))
+    say(f"Result: {describe(metrics)} ({metrics['n']:,} images). {path}")
 
 
-def line(metrics):
+def result_step(out):
+    """After which step the result in a folder was; None if there is none."""
+    try:
+        with open(os.path.join(out, "result.json")) as file:
+            return json.load(file)["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def describe(metrics):
     """Metrics for people: top1 56.20, top5 93.10."""
     return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name != "n")
 
@@ -518,16 +521,21 @@ def work(args, config, world, device, checkpoint):
 
     task, (autocast, scaler) = losses.TASKS[args.task], train.precision(args.amp, device)
     model, loader = train.place(this.model, device, world), test_loader(this.held_out)
+
+    def note(problems, images):
+        if line := note_unreadable(problems, images, this.out, args.max_bad):
+            fail(line)
+
     if args.eval:
         metrics, problems = evaluate(model, loader, task, device, autocast)
-        note_unreadable(problems, len(this.held_out), this.out, args.max_bad)
+        note(problems, len(this.held_out))
         finish(this, args, metrics, epoch=None)
     elif config["protocol"] == "knn":
         bank, labels, problems = features(model, test_loader(this.source), len(this.source), device, autocast, world)
-        note_unreadable(problems, len(this.source), this.out, args.max_bad)
+        note(problems, len(this.source))
         bank, labels = bank[labels >= 0], labels[labels >= 0]
         queries, wanted, problems = features(model, loader, len(this.held_out), device, autocast, world)
-        note_unreadable(problems, len(this.held_out), this.out, args.max_bad)
+        note(problems, len(this.held_out))
         mine = slice(RANK, None, world)                                     # each process's share of the test images
         votes = torch.cat([knn(bank, labels, q, min(args.k, len(bank)), args.temperature, len(this.classes)) for q in queries[mine].split(256)])
         sums, n = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist(), int((wanted >= 0).sum())
@@ -541,17 +549,17 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
     task, steps_per_epoch = losses.TASKS[args.task], this.batches.steps_per_epoch
     accumulate = config["batch_size"] // (this.micro_batch * world)
     run.announce(config, this.micro_batch, accumulate)
-    if run.start >= run.stop:
+    if run.start >= run.stop and result_step(run.out) == run.start:
         return
     optimizer = make_optimizer(model, config)
     ema = EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None
-    best = run.state.get("best") if run.resumed else None
+    best, tested = (run.state.get("best"), run.state.get("tested")) if run.resumed else (None, 0)
     if run.resumed:
         together(lambda: run.restore(model, optimizer, scaler, ema and ema.module))
-    tested = ema.module if ema else model
+    average = ema.module if ema else model
 
     def snapshot():
-        return dict(classes=this.classes, best=best, model=model.state_dict(), optimizer=optimizer.state_dict(),
+        return dict(classes=this.classes, best=best, tested=tested, model=model.state_dict(), optimizer=optimizer.state_dict(),
                     scaler=scaler.state_dict()) | (dict(ema=ema.module.state_dict()) if ema else {})
 
     if args.compile:
@@ -560,7 +568,28 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
     views = data.Views(this.source, functools.partial(train_view, config=config), args.seed)
     stream = iter(data.loader(views, this.batches, train.loader_workers(args), device.type == "cuda"))
 
+    def test(done):
+        """Evaluate after so many steps, and keep the best of those after whole epochs."""
+        nonlocal best, tested
+        began, epoch = time.time(), (done - 1) // steps_per_epoch + 1
+        metrics, unreadable = evaluate(average, test_loader, task, device, autocast)
+        if line := note_unreadable(unreadable, len(this.held_out), run.out, args.max_bad):
+            run.problem, run.stopping = line, True
+        run.clock += time.time() - began                                    # no part of the training speed
+        if tested != done:
+            run.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + describe(metrics))
+        tested = done
+        name, sign = task.best
+        if done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name]):
+            if RANK > 0 or run.attempt(weights.write, os.path.join(run.out, "best.pt"), dict(
+                    format="nanoA2MIM", identity=run.identity, classes=this.classes, step=done, metrics=metrics, model=average.state_dict())):
+                best = metrics | dict(epoch=epoch)
+        return metrics
+
     with run.underway(snapshot, ("loss",), LINE, config["batch_size"]):
+        due = lambda done: done == run.stop or done % (steps_per_epoch * args.eval_every) == 0
+        if run.start and due(run.start) and (tested != run.start or run.start == run.stop):
+            metrics = test(run.start)                                       # for which there was no time, or no disk
         for step in range(run.start, run.stop):
             model.train()
             if args.freeze or config["protocol"] == "linear":
@@ -588,29 +617,17 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
             if ema:
                 ema.update(model, step)
 
-            done, epoch = step + 1, step // steps_per_epoch + 1
+            done = step + 1
             run.report(done, sums, skipped, config["lr"] * factor)
-            if done == run.stop or done % steps_per_epoch == 0 and epoch % args.eval_every == 0:
-                run.flush()
-                began = time.time()
-                metrics, unreadable = evaluate(tested, test_loader, task, device, autocast)
-                note_unreadable(unreadable, len(this.held_out), run.out, args.max_bad)
-                run.clock += time.time() - began                            # no part of the training speed
-                name, sign = task.best
-                better = done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name])
-                best = metrics | dict(epoch=epoch) if better else best
-                run.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + line(metrics))
-                if RANK == 0 and better:
-                    run.attempt(weights.write, os.path.join(run.out, "best.pt"), dict(
-                        format="nanoA2MIM", identity=run.identity, classes=this.classes, step=done, metrics=metrics, model=tested.state_dict()))
-            if done == run.stop:                                            # before the checkpoint that says so
-                finish(this, args, metrics, epoch=epoch, step=done, steps=run.total, best=best)
+            if due(done) and (done == run.stop or not run.flush()):         # who is asked to stop has no time for it
+                metrics = test(done)
             if run.due(done):
                 run.save(done)
             if run.stopping and done < run.stop:
                 return run.leave(done)
     if run.problem:
         fail(run.problem)
+    finish(this, args, metrics, epoch=(run.stop - 1) // steps_per_epoch + 1, step=run.stop, steps=run.total, best=best)
 
 
 def main(argv=None):

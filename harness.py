@@ -6,10 +6,10 @@ renaming of a finished checkpoint to last.pt: whatever came after the last one h
 """
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -26,26 +26,33 @@ import weights
 
 RANK = int(os.environ.get("RANK", 0))                                       # of this process among all; torchrun sets it
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))              # how often torchrun has started this run again
+PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None      # torchrun
+LAUNCH = None                                                               # which torchrun, of the first process
 PROGRAM = "train.py"                                                        # who speaks in messages: this, or finetune.py
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                     # ask a run to save and leave
 STOPPED = 75                                                                # exit code of one that did (EX_TEMPFAIL)
+FILES = "recon.png", "best.pt", "result.json"                               # that train.py and finetune.py write beside ours
 HOPELESS = 20                                                               # so many steps in a row without finite numbers
 
 
 # ------------------------------------------------------------------------------------------------ processes
 
 def start_processes():
-    """(world, device). Joins the process group where torchrun started us; else one process."""
+    """(world, device). Joins the process group where torchrun started us; else one process. Raises ValueError."""
+    global LAUNCH
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return 1, torch.device("cuda" if cuda else "cpu")
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
     if cuda:
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs: see --nproc_per_node")
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt {ATTEMPT}", store)                   # or we'd wait for those whom an earlier attempt noted there
     dist.init_process_group("nccl" if cuda else "gloo", world_size=world, rank=rank, store=store,
                             timeout=datetime.timedelta(hours=1))            # a download may take long
+    LAUNCH = gather(f"{os.environ.get('TORCHELASTIC_RUN_ID')} {PARENT}")[0]
     return world, device
 
 
@@ -69,14 +76,21 @@ def gather(value):
 
 
 def say(text):
+    """A line for people. That nobody listens any more, or that their disk is full, is no reason to end a run."""
     if RANK == 0:
-        tqdm.write(text)
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:                                 # there may be room again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def fail(problem):
-    """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2."""
+def fail(problem, everywhere=False):
+    """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2. `everywhere`: it
+    is not found by all processes alike."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    if RANK == 0 or isinstance(problem, data.BadImage):                     # all else is found by all processes alike
+    if RANK == 0 or everywhere:
         print(f"{PROGRAM}: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)   # a worker's ends a traceback
     sys.exit(2)
 
@@ -86,7 +100,9 @@ def together(work):
     result, problem = None, None
     try:
         result = work()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    except ValueError as error:
         problem = str(error)
     if found := [p for p in gather(problem) if p is not None]:
         fail(found[0])
@@ -94,8 +110,7 @@ def together(work):
 
 
 def leave_at_once(code):
-    for child in multiprocessing.active_children():                         # the loader's workers
-        child.kill()
+    data.kill_workers()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(code)
@@ -122,20 +137,20 @@ def launch(work, args, config):
         print(f"{PROGRAM}: stopped by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(STOPPED)
 
+    try:
+        processes = start_processes()                                       # where a handler of Python's could not run
+    except ValueError as error:
+        fail(error, everywhere=True)
     with on_signals(leave):
-        try:
-            processes = start_processes()
-        except ValueError as error:
-            fail(error)
         try:
             code = work(args, config, *processes)
             if dist.is_initialized():
                 dist.barrier()                                              # nobody leaves while messages are under way
         except data.BadImage as error:                                      # found while training, by any process
-            fail(error)
+            fail(error, everywhere=True)
         except Exception as error:
-            if "DataLoader worker" in str(error):
-                fail(f"a loader process died, most likely for lack of memory: try fewer --workers ({str(error).splitlines()[0]})")
+            if killed := re.search(r"DataLoader worker \(pid.*", str(error)):
+                fail(f"a loader process died, most likely for lack of memory: try fewer --workers ({killed[0]})", everywhere=True)
             if not dist.is_initialized():
                 raise
             traceback.print_exc()                                           # such as the loss of another process; the group can't be
@@ -154,20 +169,18 @@ def list_bad_images(out, names):
     path = os.path.join(out, "bad_images.txt")
     known = set()
     if os.path.exists(path):
-        with open(path, errors="surrogateescape") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
             known = set(file.read().splitlines())
     names = {name.replace("\n", " ") for name in names}
     if not names <= known:
-        with open(path + ".tmp", "w", errors="surrogateescape") as file:
-            file.writelines(name + "\n" for name in sorted(names | known))
-        os.replace(path + ".tmp", path)
+        data.write_file(path, "".join(name + "\n" for name in sorted(names | known)).encode("utf-8", "surrogateescape"))
 
 
 class Run:
     """A training run in its folder: where it stands, its log and checkpoints, and what ends it before its last step.
 
-    identity is what may not change when it continues, total how many steps it has, files what it leaves beside log and
-    checkpoints. Raises ValueError if something else lives in the folder.
+    identity is what may not change when it continues, total how many steps it has. Raises ValueError if something else lives
+    in the folder.
 
         with run.underway(snapshot, columns, line, steps_per_epoch):
             for step in range(run.start, run.stop):
@@ -180,12 +193,12 @@ class Run:
                     return run.leave(step + 1)
     """
 
-    def __init__(self, args, out, identity, total, files):
-        self.args, self.out, self.identity, self.total, self.files = args, out, identity, total, files
+    def __init__(self, args, out, identity, total):
+        self.args, self.out, self.identity, self.total = args, out, identity, total
         self.last, self.previous, self.damaged, self.log, self.bad = (
             os.path.join(out, name) for name in ("last.pt", "previous.pt", "damaged.pt", "log.jsonl", "bad_images.txt"))
         self.note, self.counts = None, dict(skipped=0, in_a_row=0, replaced=0, this_epoch=0)
-        self.state = None if args.overwrite and not ATTEMPT else self.find()
+        self.state, self.stamp = self.find(), self.written()
         self.resumed, self.start = self.state is not None, self.state["step"] if self.state else 0
         self.stop = total if args.steps is None else min(args.steps, total)
         if self.resumed:
@@ -195,8 +208,10 @@ class Run:
 
     def find(self):
         """The newest intact checkpoint, or None for a new run."""
+        if self.args.overwrite and not ATTEMPT:
+            return None
         paths = [path for path in (self.last, self.previous) if os.path.exists(path)]
-        if not paths and (other := [name for name in ("log.jsonl", *self.files) if os.path.exists(os.path.join(self.out, name))]):
+        if not paths and not self.args.overwrite and (other := [name for name in ("log.jsonl", *FILES) if os.path.exists(os.path.join(self.out, name))]):
             raise ValueError(f"{self.out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
         problems = []
         for path in paths:
@@ -205,21 +220,28 @@ class Run:
             except ValueError as error:
                 problems.append(str(error))
                 continue
+            if self.args.overwrite and state.get("launch") != LAUNCH:       # started again, but the first attempt had not come so far
+                return None
             self.check(path, state)
             if path == self.previous:
                 self.note = f"{problems[0] if problems else self.last + ' is missing'}: going on from {path}"
             return state
-        if problems:
+        if problems and not self.args.overwrite:
             raise ValueError(f"{' and '.join(problems)}: choose another --out, or --overwrite")
         return None
+
+    def written(self):
+        """When last.pt was."""
+        return os.stat(self.last).st_mtime_ns if os.path.exists(self.last) else None
 
     def check(self, path, state):
         """Raises ValueError unless the state is one of this run."""
         keys = dict(identity=dict, step=int, counts=dict, model=dict, optimizer=dict, scaler=dict)
-        if not all(isinstance(state.get(key), kind) for key, kind in keys.items()) or set(state["counts"]) != set(self.counts):
+        if (not all(isinstance(state.get(key), kind) for key, kind in keys.items()) or set(state["counts"]) != set(self.counts)
+                or not all(type(number) is int and number >= 0 for number in (state["step"], *state["counts"].values()))):
             raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
         there = state["identity"]
-        if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in self.identity.items() if there.get(k) != v]:
+        if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in self.identity.items() if repr(there.get(k)) != repr(v)]:
             raise ValueError(f"{self.out} holds another run: it differs in {', '.join(differ)}; choose another --out, or --overwrite")
 
     def announce(self, config, micro_batch, accumulate):
@@ -245,8 +267,8 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             if scaler.is_enabled() and state["scaler"]:                     # --amp may change from run to run
                 scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"the checkpoint does not fit this model: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
     # ---- under way
 
@@ -279,25 +301,26 @@ class Run:
         held = open(os.path.join(self.out, ".lock"), "w")
         try:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            busy = self.written() != self.stamp                             # it was, until now
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process is training in {self.out}: wait for it, or choose another --out") from None
+            busy = True
         except OSError:                                                     # a file system without locks
-            pass
+            busy = False
+        if busy:
+            raise ValueError(f"another process is training in {self.out}: wait for it, or choose another --out")
+        self.next_save = time.time() + 60 * self.args.save_minutes
         if not self.resumed:
             self.commit(0, final=True)
-            for path in (self.previous, self.damaged, self.bad, self.log, *(os.path.join(self.out, name) for name in self.files)):
+        if self.note and os.path.exists(self.last):
+            os.replace(self.last, self.damaged)                             # so that it won't become the previous one
+        elif self.start == 0:
+            for path in (self.previous, self.damaged, self.bad, self.log, *(os.path.join(self.out, name) for name in FILES)):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
-        else:
-            self.next_save = time.time() + 60 * self.args.save_minutes
-            if self.note and os.path.exists(self.last):
-                os.replace(self.last, self.damaged)                         # so that it won't become the previous one
-            if os.path.exists(self.log):
-                with open(self.log) as file:
-                    steps = [(line, re.match(r'\{"step": (\d+),.*\}\n$', line)) for line in file]
-                with open(self.log + ".tmp", "w") as file:
-                    file.writelines(line for line, found in steps if found and int(found[1]) <= self.start)
-                os.replace(self.log + ".tmp", self.log)
+        if os.path.exists(self.log):
+            with open(self.log, errors="replace") as file:
+                steps = [(line, re.match(r'\{"step": (\d+),.*\}\n$', line)) for line in file]
+            data.write_file(self.log, "".join(line for line, found in steps if found and int(found[1]) <= self.start).encode())
         return held
 
     def ask(self, number, frame):
@@ -312,7 +335,8 @@ class Run:
         """What all processes make of a step, as one tensor on the device: the means of these values; how many wish to stop,
         and to save; and how many images could not be read."""
         self.names.update(problems)
-        mine = self.asked, RANK == 0 and time.time() >= self.next_save, len(problems)
+        orphan = PARENT is not None and os.getppid() != PARENT              # torchrun is dead, and nobody else would stop us
+        mine = self.asked or orphan, RANK == 0 and time.time() >= self.next_save, len(problems)
         mine = [torch.full((1,), float(number), device=values.device) for number in mine]      # no copy that a GPU would wait for
         return sum_over_ranks(torch.cat([values / world_size(), *mine]))
 
@@ -330,9 +354,9 @@ class Run:
             self.flush()
 
     def flush(self):
-        """Read what the last step reported."""
+        """Read what the last step reported. Returns whether to stop."""
         if self.pending is None:
-            return
+            return self.stopping
         (step, lr, host, sent), self.pending = self.pending, None
         if sent:
             sent.synchronize()                                              # with the end of that step, not of the one begun since
@@ -361,6 +385,7 @@ class Run:
             self.stopping, self.problem = True, (
                 f"{counts['this_epoch']} of the {images:,} images of this epoch could not be read, more than --max-bad "
                 f"{self.args.max_bad:g}: repair or remove those in {self.bad}, or allow more")
+        return self.stopping
 
     def write(self, entry, text):
         """A line for log.jsonl, and one for people: in the progress bar, or where there is no terminal, of its own."""
@@ -403,7 +428,7 @@ class Run:
         try:
             if self.names:
                 list_bad_images(self.out, self.names)
-            weights.write(self.last, dict(format="nanoA2MIM", identity=self.identity, step=done, counts=self.counts) | state,
+            weights.write(self.last, dict(format="nanoA2MIM", identity=self.identity, step=done, counts=self.counts, launch=LAUNCH) | state,
                           self.previous if done else None)
             self.saved = done
         except OSError as error:
@@ -415,11 +440,13 @@ class Run:
         self.next_save = time.time() + 60 * minutes
 
     def attempt(self, work, *args):
-        """Write what a run can do without."""
+        """Write what a run can do without. Returns whether that went well."""
         try:
             work(*args)
         except OSError as error:
-            say(f"{self.out}: {error}: the run goes on")
+            say(f"{self.out}: {error.strerror}: the run goes on")
+            return False
+        return True
 
     def leave(self, done):
         """The end of a run that was stopped, when it is saved: its exit code."""

@@ -308,7 +308,6 @@ def draw(path, model, image, mask):
 
 # ------------------------------------------------------------------------------------------------ training
 
-FILES = ("recon.png",)                                                      # of a run, beside what the harness writes
 PARTS = ("loss", "spatial", "frequency")
 LINE = "epoch {epoch} loss {loss:.4f} (spatial {spatial:.4f}, frequency {frequency:.4f}), {images_per_second:.0f} images/s"
 
@@ -337,7 +336,7 @@ def prepare(args, config, world, device):
     out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
     # what a run is: none of these may change when it continues; the micro-batch is one where spectra are averaged over it
     identity = config | dict(seed=args.seed, images=len(source), micro_batch=micro_batch if config["frequency_loss"] == "focal" else None)
-    run = harness.Run(args, out, identity, total, FILES)
+    run = harness.Run(args, out, identity, total)
     batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"]), args.seed)
     stream = data.loader(views, batches, loader_workers(args), device.type == "cuda",

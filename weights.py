@@ -142,7 +142,7 @@ def write(path, state, previous=None):
             try:
                 torch.save(state, sealed)
             except RuntimeError as error:
-                raise sealed.problem or error
+                raise OSError(sealed.problem.errno, sealed.problem.strerror) if sealed.problem else error
             file.write(SEAL + sealed.sha.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
