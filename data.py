@@ -40,7 +40,7 @@ FILL = [124, 116, 104]                                                      # th
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")              # not EPS, for which Pillow would start a program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")                     # not EPS, for which Pillow would start a program
 LARGEST = 2 * Image.MAX_IMAGE_PIXELS                                        # 179 megapixels, half a gigabyte: Pillow's limit too
 
 
