@@ -344,7 +344,7 @@ class Folder:
             self.root, hold_out = test or root, False
         else:
             self.root, hold_out = parts.get("train", root), True
-        found, above, prefix = [], {self.root: {os.path.realpath(self.root)}}, os.path.join(self.root, "")
+        found, above, prefix = [], {os.fspath(self.root): {os.path.realpath(self.root)}}, os.path.join(self.root, "")
         for folder, folders, names in os.walk(self.root, followlinks=True):
             found += [os.path.join(folder, name).removeprefix(prefix) for name in names if name.lower().endswith(EXTENSIONS)]
             for path in [os.path.join(folder, name) for name in folders]:
