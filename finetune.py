@@ -549,7 +549,7 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
     task, steps_per_epoch = losses.TASKS[args.task], this.batches.steps_per_epoch
     accumulate = config["batch_size"] // (this.micro_batch * world)
     run.announce(config, this.micro_batch, accumulate)
-    if run.start >= run.stop and result_step(run.out) == run.start:
+    if run.start > run.stop or run.start == run.stop == result_step(run.out):
         return
     optimizer = make_optimizer(model, config)
     ema = EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None

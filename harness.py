@@ -182,14 +182,14 @@ class Run:
     identity is what may not change when it continues, total how many steps it has. Raises ValueError if something else lives
     in the folder.
 
-        with run.underway(snapshot, columns, line, steps_per_epoch):
+        with run.underway(snapshot, columns, line, batch_size):
             for step in range(run.start, run.stop):
                 ...                                                         # forward and backward
                 sums = run.agree(losses, lines on unreadable images)        # over all processes
                 run.report(step + 1, sums, whether it was skipped, lr)
                 if run.due(step + 1):
                     run.save(step + 1)
-                if run.stopping:
+                if run.stopping and step + 1 < run.stop:
                     return run.leave(step + 1)
     """
 
