@@ -328,7 +328,8 @@ class Run:
         if self.asked and number == signal.SIGINT:
             leave_at_once(128 + number)
         if not self.asked and RANK == 0:
-            os.write(2, f"{'' if self.bar.disable else chr(10)}{PROGRAM}: {signal.Signals(number).name}: stopping after this step (Ctrl-C: at once)\n".encode())
+            with contextlib.suppress(OSError):                              # the terminal may be what went away
+                os.write(2, f"{'' if self.bar.disable else chr(10)}{PROGRAM}: {signal.Signals(number).name}: stopping after this step (Ctrl-C: at once)\n".encode())
         self.asked = True
 
     def agree(self, values, problems=()):
