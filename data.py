@@ -167,7 +167,8 @@ def kill_workers():
     """Before multiprocessing waits for those that a failure left, and that ignore its request to end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)                           # or PyTorch would complain that they died
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.daemon:
+            child.kill()
 
 
 atexit.register(kill_workers)

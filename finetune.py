@@ -587,8 +587,8 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
         return metrics
 
     with run.underway(snapshot, ("loss",), LINE, config["batch_size"]):
-        due = lambda done: done == run.stop or done % (steps_per_epoch * args.eval_every) == 0
-        if run.start and due(run.start) and (tested != run.start or run.start == run.stop):
+        tests = lambda done: done == run.stop or done % (steps_per_epoch * args.eval_every) == 0
+        if run.start and tests(run.start) and (tested != run.start or run.start == run.stop):
             metrics = test(run.start)                                       # for which there was no time, or no disk
         for step in range(run.start, run.stop):
             model.train()
@@ -598,7 +598,7 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
             factor = train.learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            loss, problems, before = torch.zeros(1, device=device), [], [b.clone() for b in train.statistics(model)]
+            loss, problems, before = torch.zeros(1, device=device), [], train.statistics(model)
             for micro in range(accumulate):
                 batch, unreadable = next(stream)
                 image, target = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -619,7 +619,7 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
 
             done = step + 1
             run.report(done, sums, skipped, config["lr"] * factor)
-            if due(done) and (done == run.stop or not run.flush()):         # who is asked to stop has no time for it
+            if tests(done) and (done == run.stop or not run.flush()):         # who is asked to stop has no time for it
                 metrics = test(done)
             if run.due(done):
                 run.save(done)

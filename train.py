@@ -226,13 +226,13 @@ def make_optimizer(model, config):
 
 
 def statistics(model):
-    """The buffers that a forward pass changes: running means and variances of batch norms."""
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    """What a forward pass changes, running means and variances of batch norms: pairs of the buffer and its value now."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def update(model, optimizer, scaler, clip, loss, before):
     """The optimizer step, once all gradients are there; left out where the loss or the gradient is not finite, and then the
-    statistics are as they were before. All on the device, which nobody waits for. Returns 1 if it was left out, else 0."""
+    statistics are as they were `before` the step. All on the device, which nobody waits for. Returns 1 if it was left out, else 0."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if clip is not None:
@@ -242,8 +242,8 @@ def update(model, optimizer, scaler, clip, loss, before):
     optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    for now, then in zip(statistics(model), before):
-        now.copy_(torch.where(skipped > 0, then, now))
+    for buffer, value in before:
+        buffer.copy_(torch.where(skipped > 0, value, buffer))
     return skipped
 
 
@@ -388,7 +388,7 @@ def train(args, config, world, device):
             factor = learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            parts, problems, before = torch.zeros(len(PARTS), device=device), [], [b.clone() for b in statistics(model)]
+            parts, problems, before = torch.zeros(len(PARTS), device=device), [], statistics(model)
             for micro in range(accumulate):
                 batch, unreadable = next(stream)
                 image, mask = (tensor.to(device, non_blocking=True) for tensor in batch)

@@ -76,14 +76,18 @@ def translate(state, table):
 SEAL = b"\nsha256 "         # PyTorch's file, then this, then the digest of all before it: torch.load reads over bit flips
 
 
-def digest(file, size):
-    """SHA-256 of the first `size` bytes of an open file, in hexadecimal."""
-    sha = hashlib.sha256()
+def broken_seal(file, needed):
+    """What is wrong with the end of an open file; None if nothing is."""
+    length = file.seek(0, os.SEEK_END) - len(SEAL) - 64
+    file.seek(max(0, length))
+    seal, sha = file.read(), hashlib.sha256()
+    if not seal.startswith(SEAL):
+        return "has no checksum: it is damaged, or no checkpoint of this program" if needed else None
     file.seek(0)
-    while size and (block := file.read(min(size, 2 ** 22))):
+    while length and (block := file.read(min(length, 2 ** 22))):
         sha.update(block)
-        size -= len(block)
-    return sha.hexdigest().encode()
+        length -= len(block)
+    return None if seal == SEAL + sha.hexdigest().encode() else "is damaged: its checksum differs"
 
 
 def read(path, sealed=False):
@@ -91,28 +95,21 @@ def read(path, sealed=False):
     sealed=True there must be one, as there is on what `write` wrote. Raises ValueError, in one line."""
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path!r}")
-    damaged, start = None, b""
     try:
         with open(path, "rb") as file:
-            start = file.read(2)
-            length = file.seek(0, os.SEEK_END) - len(SEAL) - 64
-            file.seek(max(0, length))
-            seal = file.read()
-            if seal.startswith(SEAL):
-                if digest(file, length) != seal[len(SEAL):]:
-                    damaged = "is damaged: its checksum differs"
-            elif sealed:
-                damaged = "has no checksum: it is damaged, or no checkpoint of this program"
-            if damaged:
-                raise ValueError
+            if problem := broken_seal(file, sealed):
+                raise ValueError(f"{path} {problem}")
             file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            start = file.read(1)
+            file.seek(0)
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch.load has no one exception for what is no checkpoint, or no mere data
+                unsafe = start in (b"P", b"\x80") and ("weights_only" in str(error) or "Unsupported" in str(error))
+                raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
+                                 "alone and pass that" if unsafe else f"{path} is no PyTorch checkpoint, or is damaged") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:          # torch.load has no one exception for what is no checkpoint, or no mere data
-        unsafe = start[:1] in (b"P", b"\x80") and ("weights_only" in str(error) or "Unsupported" in str(error))
-        raise ValueError(f"{path} {damaged}" if damaged else f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
-                         "alone and pass that" if unsafe else f"{path} is no PyTorch checkpoint, or is damaged") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, no state_dict")
     return state
