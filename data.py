@@ -189,6 +189,19 @@ def loader(views, batches, workers=0, pin=False, collate=None):
                                        worker_init_fn=ignore_signals)
 
 
+def progress(batches, total, what, images=len):
+    """The batches, and how far they are: in a bar or, without a terminal, in a line every ten seconds."""
+    done, told = 0, time.time()
+    with tqdm(total=total, desc=what, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(images(batch))
+            done += images(batch)
+            if bar.disable and time.time() - told > 10:
+                print(f"{what}: {done:,} of {total:,} images", file=sys.stderr)
+                told = time.time()
+
+
 # ------------------------------------------------------------------------------------------------ transforms
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
@@ -485,17 +498,10 @@ class Stored:
 
 
 def everything(source, size, quality, workers, what):
-    """All of Stored(…), in order, made by `workers` processes; how far it is, in a bar or, without a terminal, in lines."""
+    """All of Stored(…), in order, made by `workers` processes."""
     batches = [range(i, min(i + 8, len(source))) for i in range(0, len(source), 8)]    # few: photographs may be large
-    done, told = 0, time.time()
-    with tqdm(total=len(source), desc=what, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for batch in loader(Stored(source, size, quality), batches, workers, collate=list):
-            yield from batch
-            bar.update(len(batch))
-            done += len(batch)
-            if bar.disable and time.time() - told > 10:
-                print(f"{what}: {done:,} of {len(source):,} images", file=sys.stderr)
-                told = time.time()
+    for batch in progress(loader(Stored(source, size, quality), batches, workers, collate=list), len(source), what):
+        yield from batch
 
 
 def pack(data, out, size=256, quality=92, workers=0):

@@ -121,20 +121,12 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def run_of(checkpoint):
-    """What a checkpoint of ours says of its run; of another's, nothing."""
-    run = checkpoint.get("identity") if checkpoint else None
-    kinds = dict(arch=str, protocol=str, task=str, img_size=int, test_resize=int, test_crop=int)
-    run = {k: v for k, v in run.items() if isinstance(v, kinds.get(k, ()))} if isinstance(run, dict) else {}
-    return run if run.get("arch") in train.RECIPES else {}
-
-
 def resolve(args, checkpoint=None):
     """The configuration: row of --protocol for --arch, then what was given. Raises ValueError, in one line.
 
     checkpoint: what the file --init holds; ours say which architecture and image size it is.
     """
-    given, known = vars(args), run_of(checkpoint)
+    given, known = vars(args), weights.run_of(checkpoint)
     if args.init is not None and "arch" not in given and "arch" not in known:
         raise ValueError(f"{args.init} does not say which architecture it holds: give --arch, one of {', '.join(train.RECIPES)}")
     arch = given.get("arch") or known.get("arch", "vit_nano")
@@ -449,11 +441,16 @@ def prepare(args, config, world, checkpoint):
     return run, this
 
 
+def name_of(checkpoint):
+    """What to call a checkpoint: after its folder if that is a run's, else after the file."""
+    folder, name = os.path.split(os.path.abspath(checkpoint))
+    return {"last.pt": os.path.basename(folder), "best.pt": os.path.basename(folder) + "-best"}.get(name, os.path.splitext(name)[0])
+
+
 def run_name(args, config):
     """Name of the folder of a run: from what, by which protocol, for which task, on which images."""
     if args.init is not None:
-        folder, name = os.path.split(os.path.abspath(args.init))
-        start = {"last.pt": os.path.basename(folder), "best.pt": os.path.basename(folder) + "-best"}.get(name, os.path.splitext(name)[0])
+        start = name_of(args.init)
     else:
         start = config["arch"] + ("" if config["protocol"].startswith("scratch") else "-random")
     parts = [start, "eval" if args.eval else config["protocol"], "frozen" * args.freeze, args.task if args.task != "class" else "",

@@ -98,14 +98,15 @@ class Predictor(nn.Module):
     pool: "mean" over all positions, then a linear head, for classes: (B, 3, H, W) -> (B, outputs); "none": a linear head
     at each position, for dense tasks: -> (B, outputs, H, W); "flatten": a small MLP on all positions side by side, for
     what depends on places: -> (B, outputs). A ViT's final norm gives way to `fc_norm`, a LayerNorm after the mean; the
-    class token is not used (as in BEiT and SimMIM). The head's last layer starts at N(0, 0.01).
+    class token is not used (as in BEiT and SimMIM). "token": a linear head on the class token of a ViT, after its final norm
+    (as in DeiT). The head's last layer starts at N(0, 0.01).
     """
 
     def __init__(self, encoder, outputs, pool="mean"):
         super().__init__()
         self.encoder, self.pool = encoder, pool
         self.fc_norm = nn.Identity()
-        if isinstance(encoder, ViT):
+        if isinstance(encoder, ViT) and pool != "token":
             encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.widths[-1], eps=1e-6)
         C, positions = encoder.widths[-1], (encoder.img_size // encoder.stride) ** 2
         self.head = last = nn.Linear(128 if pool == "flatten" else C, outputs * (encoder.stride ** 2 if pool == "none" else 1))
@@ -115,7 +116,9 @@ class Predictor(nn.Module):
         nn.init.zeros_(last.bias)
 
     def features(self, image):
-        """(B, 3, H, W) -> (B, C) with pool "mean", else (B, H/stride, W/stride, C)."""
+        """(B, 3, H, W) -> (B, C) with pool "mean" or "token", else (B, H/stride, W/stride, C)."""
+        if self.pool == "token":
+            return self.encoder.class_token(image)
         z = self.encoder(image).movedim(1, -1)
         return self.fc_norm(z.mean((1, 2)) if self.pool == "mean" else z)
 
@@ -142,6 +145,15 @@ class Encoder(nn.Module):
         for layer in self.layers:
             z = layer(z)
         return z
+
+    def walk(self, image):
+        """Yields (name, feature map (B, C, h, w)) after the stem and every block."""
+        z = self.stem(image)
+        yield "stem", z
+        for i, layer in enumerate(self.layers, 1):
+            for j, block in enumerate(layer if isinstance(layer, nn.Sequential) else [layer], 1):
+                z = block(z)
+                yield f"{i}.{j}", z
 
 
 # ------------------------------------------------------------------------------------------------ ViT
@@ -192,6 +204,23 @@ class ViT(Encoder):
         z = torch.cat([self.cls_token.expand(len(z), -1, -1), z.flatten(2).transpose(1, 2)], dim=1)
         return z if self.pos_embed is None else z + self.pos_embed
 
+    def walk(self, image, halves=False):
+        """As any encoder's, without class token and final norm; with halves, after each attention, too."""
+        z = self.stem(image)
+        yield "stem", z
+        z = self.embed(z)
+        for i, block in enumerate(self.blocks, 1):
+            for half, name in ((block.attend, f"{i}a"), (block.feed, str(i))):
+                z = half(z)
+                if halves or half == block.feed:
+                    yield name, z[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+    def class_token(self, image):                                           # (B, 3, H, W) -> (B, D)
+        z = self.embed(self.stem(image))
+        for block in self.blocks:
+            z = block(z)
+        return self.norm(z)[:, 0]
+
     def to_map(self, z):                                                    # (B, 1 + n·n, D) -> (B, D, n, n)
         return self.norm(z)[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
@@ -208,7 +237,12 @@ class Block(nn.Module):
                                       for _ in range(2))
 
     def forward(self, x):                                                   # (B, N, D)
-        x = x + self.drop_path(scale(self.attn(self.norm1(x)), self.gamma_1))
+        return self.feed(self.attend(x))
+
+    def attend(self, x):
+        return x + self.drop_path(scale(self.attn(self.norm1(x)), self.gamma_1))
+
+    def feed(self, x):
         return x + self.drop_path(scale(self.mlp(self.norm2(x)), self.gamma_2))
 
 
@@ -243,12 +277,19 @@ class Attention(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(grid) if grid else None, persistent=False)
 
     def forward(self, x):                                                   # (B, N, D)
-        B, N, D = x.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, heads, N, D/heads)
+        q, k, v = self.project(x)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position_bias(q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def project(self, x):                                                   # (B, N, D) -> q, k, v, (B, heads, N, D/heads) each
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def log_attention(self, x):                                             # (B, N, D) -> (B, heads, N, N)
+        """Logarithm of each query's attention to each key, for those who want to see it: `forward` never makes it."""
+        q, k, _ = self.project(x)
+        logits, bias = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), self.position_bias(q.dtype)
+        return (logits if bias is None else logits + bias).log_softmax(-1)
 
     def position_bias(self, dtype):
         """(heads, N, N) to be added to the attention's logits, or None."""

@@ -295,15 +295,19 @@ def loader_workers(args):
 
 
 @torch.no_grad()
+def reconstruct(model, image, mask):
+    """Of normalised images: [image, what the model sees of it, reconstruction, composite (reconstruction where masked)]."""
+    prediction = model.forward(image, mask)                                 # not compiled: another batch size
+    seen = masking.fill(image, mask, "zero" if model.fill == "none" else model.fill)
+    return [image, seen, prediction, torch.where(masking.resize(mask, image.shape[-2:]) > 0, prediction, image)]
+
+
 def draw(path, model, image, mask):
-    """Four rows, a column an image: original, masked, reconstruction, composite (reconstruction where masked)."""
+    """Four rows of `reconstruct`, a column an image (uint8)."""
     image, mask = (tensor.to(model.decoder[0].weight.device) for tensor in (image, mask))
-    image = data.normalize(image)
-    prediction = model.eval().forward(image, mask)                          # not compiled: another batch size
+    rows = reconstruct(model.eval(), data.normalize(image), mask)
     model.train()
-    hidden = masking.fill(image, mask, "zero" if model.fill == "none" else model.fill)
-    composite = torch.where(masking.resize(mask, image.shape[-2:]) > 0, prediction, image)
-    data.write_picture(path, torch.cat([image, hidden, prediction, composite]), columns=len(image))
+    data.write_picture(path, torch.cat(rows), columns=len(image))
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import model as models
 
 # ------------------------------------------------------------------------------------------------ formats
 
@@ -231,6 +232,53 @@ def load(model, source, where="the dictionary", head=True):
     model.load_state_dict(found, strict=False)
     return {"format": kind, "loaded": [n for n in found if n not in neutral], "resized": resized, "neutral": neutral,
             "missing": missing, "unused": unused}
+
+
+def run_of(checkpoint):
+    """What a checkpoint of ours says of its run, those fields that are what they should be; of another's, nothing."""
+    run = checkpoint.get("identity") if checkpoint else None
+    kinds = dict(arch=str, protocol=str, task=str, data=str, fill=str, token=str, mask_ratio=float) | dict.fromkeys(
+        ("img_size", "test_resize", "test_crop", "mask_size", "mask_layer"), int)
+    run = {k: v for k, v in run.items() if isinstance(v, kinds.get(k, ()))} if isinstance(run, dict) else {}
+    return run if run.get("arch") in models.PRESETS else {}
+
+
+def recognise(state, size=224, presets=models.PRESETS, where="the dictionary"):
+    """(preset, image size, keywords of its encoder) for an encoder's tensors, by our names: the first preset whose weights have their
+    shapes. A ViT's table of positions says its image size; otherwise it is `size`. Raises ValueError."""
+    def shapes(state):
+        return {name: tuple(value.shape) for name, value in state.items() if name.startswith("encoder.") and name.endswith(".weight")
+                and value.ndim > 1 and "patch_embed" not in name}
+
+    options, table = {}, state.get("encoder.blocks.0.attn.relative_position_bias_table")
+    if "encoder.patch_embed.weight" in state:
+        options["patch_size"] = patch = state["encoder.patch_embed.weight"].shape[-1]
+        if "encoder.pos_embed" in state:
+            size = patch * math.isqrt(state["encoder.pos_embed"].shape[1] - 1)
+        elif table is not None:
+            size = patch * ((math.isqrt(len(table) - 3) + 1) // 2)
+    for arch in presets:
+        with contextlib.suppress(ValueError), torch.device("meta"):         # shapes only; a ResNet has no patch_size
+            if shapes(models.build(arch, size, **options).state_dict()) == shapes(state):
+                return arch, size, options
+    raise ValueError(f"{where} holds an encoder that is none of {', '.join(presets)}")
+
+
+def open_model(path):
+    """The model in a file: a Predictor if there is a classifier, else an A2MIM. Returns (model, about it): a dictionary of arch, size,
+    run (what our checkpoints say of it), classes (their names, if known) and the report of `load`. Raises ValueError."""
+    checkpoint = read(path)
+    kind, items = unpack(checkpoint, path)
+    run, state = run_of(checkpoint), {new: value for _, new, value in items}
+    size = run.get("test_crop") or run.get("img_size") or 224
+    arch, size, options = recognise(state, size, [run["arch"]] if run else models.PRESETS, path)
+    method = dict(mask_layer=0, fill="none", token="replace") if kind == "SimMIM" else {k: run.get(k) for k in ("mask_layer", "fill", "token")}
+    model, head = models.build(arch, size, **options, **method), state.get("head.weight")
+    if head is not None and head.ndim == 2 and run.get("task", "class") == "class":
+        on_token = "encoder.blocks.0.norm1.weight" in state and "fc_norm.weight" not in state
+        model = models.Predictor(model.encoder, len(head), "token" if on_token else "mean")
+    classes = checkpoint.get("classes")
+    return model, dict(arch=arch, size=size, run=run, classes=classes if isinstance(classes, list) else None) | load(model, checkpoint, path)
 
 
 def describe(report):
