@@ -10,6 +10,7 @@ a figure, NAME.png; index.html shows them all and says how to read them. "±" is
 """
 import argparse
 import base64
+import contextlib
 import datetime
 import functools
 import html
@@ -40,13 +41,17 @@ try:
 except ImportError:
     Figure = None
 
-# ------------------------------------------------------------------------------------------------ A²MIM: reconstructions
-# An analysis takes a study and a subject (below) and returns its curves, {quantity: (places, means, standard errors)}, a note,
-# and what else the figure needs. Its docstring says how to read it, on index.html too.
+ORDERS = [0, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, 1]               # of interactions: m as shares of the other players
+SHARES = [0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95]                       # of patches dropped
+
 
 class NotFor(Exception):
     """Why an analysis does not apply to a checkpoint."""
 
+
+# ------------------------------------------------------------------------------------------------ A²MIM: reconstructions
+# An analysis takes a study and a subject (below) and returns its curves, {quantity: (places, means, standard errors)}, a note,
+# and what else the figure needs. Its docstring says how to read it, on index.html too.
 
 def reconstruct(study, s):
     """Held-out images, what a model sees of them, what it paints, and both together. Look at the borders of blocks: shades that go on
@@ -68,9 +73,6 @@ def reconstruct(study, s):
 
 
 # ------------------------------------------------------------------------------------------------ A²MIM: interactions
-
-ORDERS = [0, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, 1]               # m as shares of the other players
-
 
 def draw_pairs(grid, most, rng):
     """(P, 2) players (row · grid + column): i uniform, j of its up to 24 neighbours within two rows and columns, no pair twice."""
@@ -118,7 +120,7 @@ def interaction(study, s):
     the middle orders."""
     if not s.logits:
         raise NotFor("it has no classifier; finetune.py gives it one")
-    known, players = s.knows(study.classes), s.grid ** 2
+    players = s.grid ** 2
 
     def play(value, index):                                                 # the same game for all subjects
         rng = np.random.default_rng((abs(study.args.seed), index))
@@ -133,20 +135,17 @@ def interaction(study, s):
         return torch.cat(found).cpu().numpy()
 
     def strengths(image, label, first):
-        target = torch.where(label >= 0, label, s.logits(image).argmax(1)) if known else s.logits(image).argmax(1)
+        target = torch.where(label >= 0, label, s.logits(image).argmax(1)) if s.known else s.logits(image).argmax(1)
         games = [play(functools.partial(value, image=x, target=t), first + i) for i, (x, t) in enumerate(zip(image, target))]
         return torch.tensor(np.array([np.abs(found).mean(1) for found, _, _ in games])), torch.tensor([game[1:] for game in games])
 
     found, passes = study.collect(s, strengths, passes=play(lambda coalitions: np.zeros(len(coalitions)), 0)[1])
     note = (f"{passes[:, 0].sum():,} forward passes where four a context would be {passes[:, 1].sum():,}; {study.args.pairs} pairs, "
-            f"{study.args.contexts} contexts; for the {'true' if known else 'predicted'} class")
+            f"{study.args.contexts} contexts; for the {'true' if s.known else 'predicted'} class")
     return {"interaction strength J, by order m / (n² − 2)": (ORDERS, *jackknife(found, lambda strength: strength / strength.mean()))}, note
 
 
 # ------------------------------------------------------------------------------------------------ A²MIM: occlusion and Fourier
-
-SHARES = [0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95]
-
 
 def pooled(s, image):
     """Features of the stem and each block, [(B, C)]: means over positions."""
@@ -181,18 +180,17 @@ def accuracy(study, s, guesses, passes=1):
 def occlusion(study, s):
     """Top-1 while more and more patches are dropped. A²MIM's plots of robustness against occlusion: after masked image modeling it falls
     later. Compare the right panel where models differ on whole images."""
-    own = s.knows(study.classes)
-    probe = None if own else fit_probes(study, s)[-1]
+    probe = None if s.known else fit_probes(study, s)[-1]
 
     def guesses(image, first):
         for share in SHARES:
             x = occlude(image, share, s.grid, [data.generator(study.args.seed, "drop", first + i) for i in range(len(image))])
-            yield s.logits(x) if own else probe(pooled(s, x)[-1])
+            yield s.logits(x) if s.known else probe(pooled(s, x)[-1])
 
     hits = accuracy(study, s, guesses, len(SHARES))
     relative = jackknife(hits, lambda hits: 100 * hits / hits[0].clamp(min=1e-9))
     return {"top-1, %, by share of patches dropped": (SHARES, *average(hits)), "the same, % of top-1 on whole images": (SHARES, *relative)}, \
-        "its classifier" if own else f"a linear probe of the last features, fitted on {study.probe_images:,} images"
+        "its classifier" if s.known else f"a linear probe of the last features, fitted on {study.probe_images:,} images"
 
 
 def spectrum(z):
@@ -243,7 +241,7 @@ def attention(study, s):
         return [torch.stack(parts, 1) for parts in zip(*found)]             # (B, blocks, heads), the last (B, blocks, 1)
 
     quantities, blocks = ("attention distance, px", "entropy, nats", "KL divergence between heads, nats"), len(s.encoder.blocks)
-    return {quantity: ([str(i + 1) for i in range(blocks)], *average(values.mean(2)), average(values)[0])
+    return {quantity: (list(range(1, blocks + 1)), *average(values.mean(2)), average(values)[0])
             for quantity, values in zip(quantities, study.collect(s, measures))}, "by block; patches only, the class token is left out"
 
 
@@ -292,7 +290,7 @@ def cka(study, s):
 def layers(study, s):
     """What a linear classifier gets from the features after each block. After Dark Secrets' experiment of dropping the last layers: supervised
     features get better to the end; those of a masked image model peak before, as its last blocks serve the pixels."""
-    probes, own = fit_probes(study, s), [s.logits] if s.knows(study.classes) else []
+    probes, own = fit_probes(study, s), [s.logits] if s.known else []
     mean, error = average(accuracy(study, s, lambda image, _: [probe(z) for probe, z in zip(probes, pooled(s, image))] + [f(image) for f in own]))
     names = [name for name, _ in s.encoder.walk(s.example)]
     return {"top-1 of a linear probe after each block, %": (names, mean[:len(names)], error[:len(names)])}, \
@@ -315,16 +313,12 @@ class Subject:
         self.resize = self.run.get("test_resize") or (self.size if "nano" in self.arch else round(self.size * 256 / 224))
         self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
         self.example = torch.zeros(4, 3, self.size, self.size, device=device)
-        with torch.inference_mode():
+        with torch.no_grad():
             largest = max(z.numel() for _, z in self.encoder.walk(self.example))               # what makes it is some four times as large
             room = torch.cuda.mem_get_info()[0] / 4 if device.type == "cuda" else 1e9
             self.batch, began = max(4, min(64, int(room / (16 * largest)))), time.time()
             self.encoder(self.example).sum().item()
             self.rate = 4 / (time.time() - began)                           # images a second
-
-    def knows(self, classes):
-        """Whether its classifier is for these classes."""
-        return bool(self.logits and classes) and self.logits.head.out_features == len(classes) and self.classes in (None, classes)
 
 
 class Study:
@@ -338,6 +332,8 @@ class Study:
         self.data = args.data or self.subjects[0].run.get("data") or "shapes"
         self.sources = {split: data.open_source(self.data, split, max(s.size for s in self.subjects)) for split in ("train", "val")}
         self.classes, self.images = list(self.sources["val"].classes), min(args.images, len(self.sources["val"]))
+        for s in self.subjects:                                             # is its classifier for these classes?
+            s.known = bool(s.logits) and s.logits.head.out_features == len(self.classes) and s.classes in (None, self.classes)
         self.probe_images = min(args.probe_images, np.count_nonzero(self.sources["train"].labels >= 0))
         if self.images < 8:
             raise ValueError(f"{self.data} holds out {self.images} images only: the analyses need 8 or more")
@@ -354,8 +350,8 @@ class Study:
         found = {}
         for name in ANALYSES:
             if os.path.exists(path := os.path.join(self.out, name + ".json")):
-                with open(path) as file:
-                    found[name] = json.load(file)
+                with contextlib.suppress(ValueError), open(path) as file:
+                    found[name] = dict(about=None) | json.load(file)
         return found
 
     def batches(self, s, split="val", labelled=False, passes=1, batch=None):
@@ -386,7 +382,7 @@ class Study:
         say(f"\n{name}")
         for s in self.subjects:
             try:
-                with torch.inference_mode():
+                with torch.no_grad():
                     found, note, *more[s.name] = analysis(self, s)
                 notes[s.name] = note
                 for quantity, curve in found.items():
@@ -396,8 +392,7 @@ class Study:
                 say(f"  not for {s.name}: {reason}")
         if not curves:
             return
-        table, notes = tabulate(curves), [note for note in dict.fromkeys(notes.values())] if len(set(notes.values())) == 1 else [
-            f"{who}: {note}" for who, note in notes.items()]
+        table, notes = tabulate(curves), [", ".join(who for who in notes if notes[who] == note) + f": {note}" for note in dict.fromkeys(notes.values())]
         say("\n".join(table + notes))
         result = dict(about=self.about, notes=notes, table=table, curves=curves, more=more if draw is not draw_pictures else None)
         data.write_file(os.path.join(self.out, name + ".json"), json.dumps(result).encode())
@@ -458,7 +453,7 @@ def draw_curves(figure, curves, more):
             x = np.linspace(0, 1, len(places)) if isinstance(places[0], str) else places
             ax.errorbar(x, means, errors, marker=".", capsize=2, color=f"C{i}", label=name)
             for dots in heads:
-                ax.plot(np.repeat(x, len(dots[0])), np.ravel(dots), ".", color=f"C{i}", alpha=0.4)
+                ax.plot(np.repeat(x, len(dots[0])), np.ravel(dots), "o", ms=4, color=f"C{i}", alpha=0.5)
         ax.set(title=quantity, xlabel="share of the depth" if isinstance(places[0], str) else "")
     ax.legend(fontsize=8)
 
@@ -497,7 +492,7 @@ def chosen(text):
     return text.split(",")
 
 
-def main(argv=None):
+def parse(argv):
     harness.PROGRAM = "analyze.py"
     parser = argparse.ArgumentParser("analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = harness.fail
@@ -513,8 +508,13 @@ def main(argv=None):
     option("--workers", type=number(int, 0), help="loader processes (the cores there are, at most 8)")
     option("--out", help="folder of the results (one below runs/, named after the checkpoints)")
     option("--overwrite", action="store_true", help="also where the analysis of something else lies")
-    args = parser.parse_args(argv)
-    try:
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+
+    def work():
         study = Study(args)
         say(f"{study.images} held-out images of {study.data}{'' if args.data else ' (no --data given)'}, on {study.device}: "
             + ", ".join(f"{s.name} ({s.arch}, {s.size} px)" for s in study.subjects)
@@ -523,8 +523,9 @@ def main(argv=None):
             study.perform(name)
             study.write_index()
         say(f"\nLook at {os.path.join(study.out, 'index.html')}")
-    except (ValueError, OSError) as error:
-        harness.fail(error)
+
+    try:
+        harness.together(work)                                              # errors in one line
     except KeyboardInterrupt:
         say("interrupted; what is finished is kept")
         sys.exit(130)

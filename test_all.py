@@ -26,12 +26,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import analyze
 import bench
 import data
 import finetune
@@ -2896,6 +2898,405 @@ def test_code_in_files_is_never_run(tmp_path, capsys):
     assert harm.is_dir()                                                    # it would have
 
 
+# ------------------------------------------------------------------------------------------------ analyze.py
+
+def brute_force(v, players, pair, size):
+    """I⁽ᵐ⁾(i,j) by its definition: every context, four values each."""
+    i, j = pair
+    others = [p for p in range(players) if p not in pair]
+    terms = []
+    for S in itertools.combinations(others, size):
+        terms.append(v({*S, i, j}) - v({*S, i}) - v({*S, j}) + v({*S}))
+    return sum(terms) / len(terms)
+
+
+def as_sets(v):
+    """A game on sets of players, as `interactions` plays it: on rows of booleans."""
+    return lambda coalitions: np.array([v(set(np.flatnonzero(row).tolist())) for row in coalitions])
+
+
+def test_interactions_are_their_definition():
+    table = np.random.default_rng(0).standard_normal(2 ** 9)
+    v = lambda S: table[sum(1 << p for p in S)]
+    pairs = analyze.draw_pairs(3, 100, np.random.default_rng(1))
+    assert len(pairs) == 36                                                 # 3×3: all are neighbours
+    found, passes, terms = analyze.interactions(as_sets(v), 9, pairs, range(8), math.comb(7, 3), np.random.default_rng(2))
+    expected = [[brute_force(v, 9, pair, m) for pair in pairs.tolist()] for m in range(8)]
+    assert np.abs(found - expected).max() <= 1e-12
+    assert terms == 4 * 36 * 2 ** 7 and passes == 2 ** 9                    # each coalition once
+
+
+@pytest.mark.parametrize("grid,most", [(3, 1000), (8, 6), (14, 3)])        # all contexts; drawn ones
+def test_interactions_of_games_in_closed_form(grid, most):
+    rng, n = np.random.default_rng(0), grid * grid
+    weight, product = rng.standard_normal(n), rng.standard_normal((n, n))
+    product += product.T
+    pairs = analyze.draw_pairs(grid, 12, rng)
+    sizes = [int((n - 2) * r) for r in analyze.ORDERS]
+    additive, passes, terms = analyze.interactions(lambda x: x @ weight, n, pairs, sizes, most, rng)
+    pairwise, _, _ = analyze.interactions(lambda x: np.einsum("ni,ij,nj->n", x, product, x) / 2, n, pairs, sizes, most, rng)
+    assert additive.shape == (13, 12) and np.abs(additive).max() < 1e-11 and passes < 0.8 * terms
+    assert np.abs(pairwise - product[pairs[:, 0], pairs[:, 1]]).max() < 1e-9    # the same at every order
+
+
+def test_drawn_contexts_are_uniform():
+    rng = np.random.default_rng(0)
+    pairs = np.array([[0, 1], [3, 7], [14, 15]])
+    for size in (0, 1, 5, 13, 14):
+        S = analyze.contexts(16, pairs, size, 6000, rng)
+        assert S.dtype == bool and S.shape[0] == 3 and (S.sum(2) == size).all()
+        assert S.shape[1] == min(6000, math.comb(14, size))
+        for context, pair in zip(S, pairs):
+            assert not context[:, pair].any()
+            share = np.delete(context.mean(0), pair)
+            assert np.abs(share - size / 14).max() < 5 * (size / 14 * (1 - size / 14) / len(context)) ** 0.5 + 1e-12
+            if 1 < len(context) < 6000:
+                assert len(np.unique(context, axis=0)) == len(context)
+    S = analyze.contexts(16, pairs, 7, 3000, rng)                           # C(14, 7) = 3432: every context as often as every other
+    both = np.delete(np.delete(np.einsum("cp,cq->pq", S[1].astype(float), S[1]) / 3000, [3, 7], 0), [3, 7], 1)
+    assert np.abs(both[~np.eye(14, dtype=bool)] - 7 * 6 / (14 * 13)).max() < 5 * 0.01
+    sampled = [analyze.interactions(lambda x: np.sin(x @ np.arange(16.0)), 16, pairs, [7], 200, rng)[0] for _ in range(60)]
+    exact = analyze.interactions(lambda x: np.sin(x @ np.arange(16.0)), 16, pairs, [7], 4000, rng)[0]
+    assert np.abs(np.mean(sampled, 0) - exact).max() < 5 * np.std(sampled, 0).max() / 60 ** 0.5
+
+
+@pytest.mark.parametrize("grid", [2, 3, 8])
+def test_pairs_are_neighbours(grid):
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(50):
+        pairs = analyze.draw_pairs(grid, 20, rng)
+        rows, columns = np.divmod(pairs, grid)
+        assert np.maximum(np.ptp(rows, 1), np.ptp(columns, 1)).max() <= 2 and (pairs[:, 0] < pairs[:, 1]).all()
+        assert len(pairs) == {2: 6}.get(grid, 20) == len(np.unique(pairs, axis=0))
+        drawn.append(pairs)
+    assert len(np.unique(np.concatenate(drawn))) == grid * grid             # every patch takes part
+
+
+def test_attention_measures_by_hand():
+    n, patch = 3, 16
+    N, at = n * n, [(r, c) for r in range(n) for c in range(n)]
+    between = np.array([[math.dist(a, b) for b in at] for a in at])
+    uniform, identity, right = np.full((N, N), 1 / N), np.eye(N), np.zeros((N, N))
+    for q, (r, c) in enumerate(at):
+        right[q, at.index((r, c + 1 if c < 2 else c - 1))] = 1              # one neighbour
+    log = lambda p: torch.from_numpy(np.log(np.maximum(p, 1e-300)))
+    distance, entropy, kl = analyze.attention_measures(torch.stack([log(p) for p in (uniform, identity, right)])[None], patch)
+    assert distance.shape == entropy.shape == (1, 3) and kl.shape == (1, 1)
+    torch.testing.assert_close(distance[0], torch.tensor([patch * between.mean(), 0, patch]).double())
+    torch.testing.assert_close(entropy[0], torch.tensor([math.log(N), 0, 0]).double())
+    assert float(analyze.attention_measures(log(uniform).expand(2, 4, N, N), patch)[2].abs().max()) < 1e-12      # alike: no divergence
+    assert float(analyze.attention_measures(log(uniform).expand(2, 1, N, N), patch)[2].abs().max()) < 1e-12      # one head
+    soft = 0.9 * right + 0.1 * uniform                                      # two heads, one image; both directions by hand
+    by_hand = np.mean([(p * np.log(p / q)).sum(1).mean() for p, q in ((soft, uniform), (uniform, soft))])
+    found = analyze.attention_measures(torch.stack([log(soft), log(uniform)])[None], patch)[2]
+    assert relative(found, by_hand) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [3, None])
+def test_log_attention_is_what_forward_uses(grid):
+    attention = random_weights(models.Attention(12, 3, grid).double())
+    x = torch.randn(2, 10, 12, dtype=torch.float64)
+    p = attention.log_attention(x).exp()
+    assert p.shape == (2, 3, 10, 10) and torch.allclose(p.sum(-1), torch.ones(()).double())
+    torch.testing.assert_close(attention.proj((p @ attention.project(x)[2]).transpose(1, 2).flatten(2)), attention(x))
+
+
+def hsic_by_formula(x, y):
+    """Song et al.'s unbiased estimator, term by term."""
+    n, ones = len(x), torch.ones(len(x), 1, dtype=x.dtype)
+    K, L = (x @ x.T).fill_diagonal_(0), (y @ y.T).fill_diagonal_(0)
+    inner = (K @ L).trace() + (ones.T @ K @ ones) * (ones.T @ L @ ones) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (ones.T @ K @ L @ ones)
+    return float(inner) / (n * (n - 3))
+
+
+def cka_between(*features, batch=None):
+    n = batch or len(features[0])
+    hsic = 0
+    for at in range(0, len(features[0]), n):
+        grams = torch.stack([analyze.centred_gram(x[at:at + n]) for x in features])
+        hsic = hsic + grams @ grams.T / (n * (n - 3))
+    return analyze.cka_of(hsic)
+
+
+def test_cka():
+    g = torch.Generator().manual_seed(0)
+    x, y, noise = (torch.randn(640, *shape, generator=g, dtype=torch.float64) for shape in ((4, 3, 3), (20,), (36,)))
+    n, q = 640, torch.linalg.qr(torch.randn(36, 36, generator=g, dtype=torch.float64))[0]
+    a, b = x.flatten(1), y
+    assert relative((analyze.centred_gram(x) * analyze.centred_gram(y)).sum() / (n * (n - 3)), hsic_by_formula(a, b)) < 1e-9
+    turned = 7 * a @ q + 3                                                  # rotated, scaled, moved
+    cka = cka_between(x, turned, y, a + noise)
+    assert torch.allclose(cka.diag(), torch.ones(4).double()) and torch.allclose(cka, cka.T)
+    assert abs(cka[0, 1] - 1) < 1e-9 and abs(cka[0, 2]) < 0.02 and 0.3 < cka[0, 3] < 0.7
+    small = cka_between(x, turned, y, a + noise, batch=32)
+    assert abs(small[0, 1] - 1) < 1e-9 and float((small - cka).abs().max()) < 0.03           # an unbiased estimate of the same
+    biased = [float((K := x @ x.T).flatten() @ (L := z @ z.T).flatten() / K.norm() / L.norm()) for x, z in ((a[:32], b[:32]),)]
+    assert biased[0] > 0.3                                                  # which without correction is far off
+
+
+def test_spectrum_finds_a_wave():
+    h = 16
+    y, x = torch.meshgrid(*2 * [torch.arange(h).double()], indexing="ij")
+    for k in range(1, h // 2 + 1):
+        amplitude, variance = analyze.spectrum((5 + torch.cos(2 * math.pi * k * (x + y) / h)).expand(2, 3, h, h))
+        assert amplitude.shape == (2, h // 2 + 1) and variance.shape == (2,)
+        assert amplitude[0, 1:].argmax() + 1 == k
+        expected = math.log((0.5 if k < h // 2 else 1) / 5)                 # of cos: half its amplitude at k, half at −k
+        assert abs(float(amplitude[0, k]) - expected) < 1e-4 and float(amplitude[0, 0]) == 0
+        assert abs(float(variance[0]) - (0.5 if k < h // 2 else 1)) < 1e-6
+    z = torch.randn(2, 3, h, h)
+    whole = (torch.fft.fft2(z.double()).abs() + 1e-6).log().mean(1)
+    by_hand = torch.stack([whole[:, k, k] for k in range(h // 2 + 1)], 1) - whole[:, :1, 0]
+    torch.testing.assert_close(analyze.spectrum(z)[0].double(), by_hand, rtol=1e-4, atol=1e-4)
+    assert [t.shape for t in analyze.spectrum(torch.ones(2, 3, 1, 1))] == [(2, 1), (2,)]
+
+
+def test_standard_errors_and_probe():
+    g = torch.Generator().manual_seed(0)
+    samples = torch.randn(50, 3, generator=g).double()
+    mean, error = analyze.average(samples)
+    assert relative(error, samples.std(0) / 50 ** 0.5) < 1e-12
+    value, jackknifed = analyze.jackknife(samples, lambda total: total / 50)
+    leave_one_out = analyze.jackknife(samples, lambda total: total / 49)[1]     # of a mean it is the usual one
+    assert relative(value, mean) < 1e-12 and relative(leave_one_out, error) < 1e-9
+    labels = torch.arange(90) % 3
+    features = torch.randn(90, 5, generator=g) + 3 * F.one_hot(labels, 5)
+    probe = analyze.fit_probe(features, labels, 3)
+    assert (probe(features).argmax(1) == labels).double().mean() > 0.95
+    x = (features.double() - features.double().mean(0)) / (features.double().std(0) + 1e-6)
+    rows = torch.cat([torch.cat([x, torch.ones(90, 1)], 1), torch.cat([0.9 ** 0.5 * torch.eye(5), torch.zeros(5, 1)], 1)])    # ridge as rows
+    solution = torch.linalg.lstsq(rows.double(), torch.cat([F.one_hot(labels, 3), torch.zeros(5, 3)]).double()).solution
+    torch.testing.assert_close(probe(features), rows[:90].double() @ solution)
+
+
+def test_walk_is_the_forward_pass():
+    vit, resnet = random_weights(models.build("vit_nano", 32).encoder), random_weights(models.build("resnet18", 64).encoder)
+    x = torch.randn(2, 3, 32, 32)
+    names, maps = zip(*vit.walk(x, halves=True))
+    assert names == ("stem", *(f"{i}{half}" for i in range(1, 5) for half in ("a", ""))) and {z.shape for z in maps} == {(2, 96, 8, 8)}
+    assert [name for name, _ in vit.walk(x)] == ["stem", "1", "2", "3", "4"]
+    torch.testing.assert_close(vit.norm(maps[-1].movedim(1, -1)).movedim(-1, 1), vit(x))
+    y = vit.blocks[0](vit.embed(vit.stem(x)))[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
+    torch.testing.assert_close(maps[2], y)
+    names, maps = zip(*resnet.walk(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))))
+    assert names == ("stem", *(f"{i}.{j}" for i in range(1, 5) for j in (1, 2)))
+    torch.testing.assert_close(maps[-1], resnet(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))))
+
+
+@torch.no_grad()
+def test_open_model_makes_what_is_in_a_file(tmp_path):
+    """Ours, timm's and torchvision's, with and without a classifier: the same outputs as where they come from."""
+    import timm
+    path = str(tmp_path / "it.pth")
+
+    def reopened(state):
+        torch.save(state, path)
+        return weights.open_model(path)
+
+    image = torch.randn(2, 3, 64, 64)
+    for arch, options in (("vit_nano", {}), ("resnet18", {}), ("resnet_nano", {}), ("deit_t", {})):
+        a2mim = random_weights(models.build(arch, 64, **options))
+        model, about = reopened({"model": a2mim.state_dict(), "identity": dict(arch=arch, img_size=64)})
+        assert isinstance(model, models.A2MIM) and (about["arch"], about["size"], about["missing"]) == (arch, 64, [])
+        mask = masking.random_mask(2, 2, 0.6)
+        torch.testing.assert_close(model.eval()(image, mask), a2mim(image, mask))
+        predictor = random_weights(models.Predictor(models.build(arch, 64).encoder, 5))
+        model, about = reopened({"model": predictor.state_dict(), "classes": list("abcde"), "identity": dict(arch=arch, img_size=64, test_crop=64)})
+        assert about["classes"] == list("abcde")
+        torch.testing.assert_close(model.eval()(image), predictor(image))
+    large = torch.randn(1, 3, 224, 224)
+    theirs = random_weights(timm.create_model("vit_tiny_patch16_224", num_classes=7))
+    model, about = reopened(theirs.state_dict())
+    assert about["arch"] == "deit_t" and about["size"] == 224 and model.pool == "token"
+    torch.testing.assert_close(model.eval()(large), theirs(large), rtol=1e-4, atol=1e-4)
+    theirs = random_weights(timm.create_model("vit_tiny_patch16_224", num_classes=0))
+    assert isinstance(reopened(theirs.state_dict())[0], models.A2MIM)
+    theirs = random_weights(torchvision.models.resnet18(num_classes=7))
+    model, about = reopened(theirs.state_dict())
+    assert about["arch"] == "resnet18" and about["size"] == 224
+    torch.testing.assert_close(model.eval()(large), theirs(large), rtol=1e-4, atol=1e-4)
+    pose = models.Predictor(models.build("vit_nano", 32).encoder, 5, "flatten")
+    model, about = reopened({"model": pose.state_dict(), "identity": dict(arch="vit_nano", img_size=32, task="pose")})
+    assert isinstance(model, models.A2MIM) and any(name.startswith("decoder.") for name in about["missing"])
+    with pytest.raises(ValueError, match="holds an encoder that is none of vit_s, "):
+        reopened(models.build("vit_b", 32, patch_size=16, dim=24, heads=2, depth=1, mlp_dim=8).state_dict())
+    for arch in models.PRESETS:                                             # each is told from the others by its shapes
+        with torch.device("meta"):
+            state = models.build(arch, 96).state_dict()
+        assert weights.recognise(state, 96)[:2] == (arch, 96)
+
+
+def analysis(out, name):
+    return json.loads((out / (name + ".json")).read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """A folder of images in three classes, and six checkpoints: pre-trained, fine-tuned, others'."""
+    import timm
+    tmp = tmp_path_factory.mktemp("studied")
+    write_images(tmp / "images", [f"{split}/{kind}/{i}.png" for split in ("train", "val") for kind in "abc" for i in range(8)], size=(40, 48))
+    torch.manual_seed(0)
+    paths = {}
+    for name, state in (
+            ("vit", lambda: {"model": models.build("vit_nano", 32).state_dict(), "identity": dict(arch="vit_nano", img_size=32, mask_size=8)}),
+            ("simmim", lambda: {"model": models.build("vit_nano", 32, fill="none", token="replace").state_dict(),
+                                "identity": dict(arch="vit_nano", img_size=32, mask_size=8, fill="none", token="replace")}),
+            ("resnet", lambda: {"model": models.build("resnet_nano", 32).state_dict(), "identity": dict(arch="resnet_nano", img_size=32, mask_size=8)}),
+            ("timm", lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10).state_dict()),
+            ("torchvision", lambda: torchvision.models.resnet18(num_classes=3).state_dict()),
+            ("plain", lambda: timm.create_model("resnet18", num_classes=0).state_dict())):
+        torch.save(state(), tmp / f"{name}.pth")
+        paths[name] = str(tmp / f"{name}.pth")
+    for arch in ("vit_nano", "resnet_nano"):
+        finetune.main(["--arch", arch, "--data", str(tmp / "images"), "--img-size", "32", "--epochs", "1", "--batch-size", "8", "--workers", "0",
+                       "--out", str(tmp / f"tuned-{arch}"), "--protocol", "scratch-small"])
+        paths[arch] = str(tmp / f"tuned-{arch}" / "last.pt")
+    return tmp, paths
+
+
+def test_all_analyses_of_all_kinds(studied, tmp_path, capsys):
+    tmp, paths = studied
+    out = tmp_path / "out"
+    common = ["--data", str(tmp / "images"), "--images", "12", "--probe-images", "20", "--pairs", "3", "--contexts", "2", "--workers", "0"]
+    analyze.main([paths[k] for k in ("vit", "simmim", "resnet", "vit_nano", "resnet_nano")] + common + ["--out", str(out)])
+    text = capsys.readouterr().out
+    assert "reconstruct\n" in text and "not for tuned-vit_nano: there is no decoder" in text
+    assert "not for resnet: a resnet_nano has no attention" in text and "not for vit: it has no classifier" in text
+    assert "vit, simmim, resnet: a linear probe of the last features, fitted on 20 images\ntuned-vit_nano, tuned-resnet_nano: its classifier" in text
+    assert re.search(r"forward passes where four a context would be [\d,]+; 3 pairs, 2 contexts; for the true class", text)
+    page = (out / "index.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in analyze.ANALYSES) and "http" not in page
+    names = {"reconstruct": 3, "interaction": 2, "occlusion": 5, "fourier": 5, "attention": 3, "cka": 5, "layers": 5}
+    for name, subjects in names.items():
+        found = analysis(out, name)
+        for each in found["curves"].values():
+            assert len(each) == subjects
+            for places, means, errors, *_ in each.values():
+                assert len(places) == len(means) == len(errors) and np.isfinite(means + errors).all()
+    if analyze.Figure:
+        assert all((out / f"{name}.png").stat().st_size > 5000 for name in names) and page.count("data:image/png;base64,") == 7
+    more = analysis(out, "cka")["more"]
+    whole, ends = np.concatenate([each["matrix"] for each, in more.values()]), more["vit"][0]["ends"]
+    assert whole.shape == (25, 25) and np.allclose(np.diag(whole), 1) and np.allclose(whole, whole.T) and ends == [0, 5, 10, 15, 20, 25]
+    before = {name: (out / f"{name}.json").read_bytes() for name in names}
+    analyze.main([paths[k] for k in ("vit", "simmim", "resnet", "vit_nano", "resnet_nano")] + common + ["--out", str(out), "--only", "cka,interaction"])
+    assert {name: (out / f"{name}.json").read_bytes() for name in names} == before     # the same again, bit for bit
+
+
+def test_analyses_of_other_projects_models(studied, tmp_path, capsys):
+    tmp, paths = studied
+    analyze.main([paths["timm"], paths["torchvision"], paths["plain"], "--data", str(tmp / "images"), "--images", "8", "--probe-images", "8", "--pairs", "1",
+                  "--contexts", "1", "--workers", "0", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "timm (deit_t, 224 px), torchvision (resnet18, 224 px), plain (resnet18, 224 px)" in text
+    assert "for the predicted class" in text and "for the true class" in text           # ten classes, of which the images know nothing; three
+    assert not (tmp_path / "out" / "reconstruct.json").exists() and analysis(tmp_path / "out", "attention")["curves"]["entropy, nats"].keys() == {"timm"}
+    assert "timm, plain: a linear probe" in text and "torchvision: its classifier" in text
+
+
+def test_interaction_of_a_network_by_enumeration(tmp_path, capsys):
+    """A ViT on nine patches: J from every context of every pair, four forward passes each, against what the script says."""
+    torch.manual_seed(0)
+    model = random_weights(models.Predictor(models.build("vit_nano", 24, patch_size=8).encoder, 3))
+    torch.save({"model": model.state_dict()}, tmp_path / "toy.pt")
+    write_images(tmp_path / "images", [f"{split}/{kind}/{i}.png" for split in ("train", "val") for kind in "abc" for i in range(4)], size=(24, 24))
+    out = tmp_path / "out"
+    analyze.main([str(tmp_path / "toy.pt"), "--data", str(tmp_path / "images"), "--images", "8", "--pairs", "50", "--contexts", "35", "--only", "interaction",
+                  "--workers", "0", "--out", str(out)])
+    (places, J, errors), = analysis(out, "interaction")["curves"]["interaction strength J, by order m / (n² − 2)"].values()
+    assert "4,096 forward passes where four a context would be" in capsys.readouterr().out    # 8 images × 2⁹ coalitions
+    source = data.open_source(str(tmp_path / "images"), "val", 24)
+    chosen = torch.randperm(12, generator=data.generator(0, "val"))[:8].tolist()
+    sizes, strength = [int(7 * r) for r in places], []
+    every = torch.tensor([[c >> p & 1 for p in range(9)] for c in range(512)]).view(512, 1, 3, 3).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    for index in chosen:
+        image, label = source[index]
+        image = data.evaluation_crop(image, 24, 24)
+        with torch.no_grad():
+            p = model(data.normalize(image[None]) * every).double().softmax(1)[:, label]
+        v = (p / (1 - p)).log().numpy()
+        game = lambda S: v[sum(1 << player for player in S)]
+        strength.append([np.mean([abs(brute_force(game, 9, pair, m)) for pair in itertools.combinations(range(9), 2)]) for m in sizes])
+    expected = np.mean(strength, 0) / np.mean(strength)
+    assert np.abs(np.array(J) - expected).max() <= 1e-6
+    again = [np.mean(np.delete(strength, k, 0), 0) / np.mean(np.delete(strength, k, 0)) for k in range(8)]
+    assert np.abs(np.array(errors) - (np.var(again, 0) * 7) ** 0.5).max() <= 1e-6
+
+
+def test_occlusion_at_zero_is_plain_evaluation(studied, tmp_path, capsys):
+    tmp, paths = studied
+    for arch in ("vit_nano", "resnet_nano"):
+        finetune.main(["--init", paths[arch], "--eval", "--data", str(tmp / "images"), "--workers", "0", "--out", str(tmp_path / f"eval-{arch}")])
+        plain = json.loads((tmp_path / f"eval-{arch}" / "result.json").read_text())
+        analyze.main([paths[arch], "--only", "occlusion,layers", "--data", str(tmp / "images"), "--images", "24", "--workers", "0", "--out", str(tmp_path / arch)])
+        (places, top1, _), = analysis(tmp_path / arch, "occlusion")["curves"]["top-1, %, by share of patches dropped"].values()
+        assert plain["n"] == 24 and places[0] == 0 and abs(top1[0] - plain["top1"]) < 1e-9
+        assert f"its classifier, on all blocks: {top1[0]:.1f}" in capsys.readouterr().out
+    image = torch.randn(4, 3, 32, 32)
+    assert analyze.occlude(image, 0, 8, None) is image
+    for share in (0.1, 0.5, 0.95):
+        gone = (analyze.occlude(image, share, 8, [data.generator(i) for i in range(4)]) == 0).all(1)
+        assert (gone.float().mean((1, 2)) == math.ceil(64 * share) / 64).all()
+        assert (gone.view(4, 8, 4, 8, 4).float().mean((2, 4)) % 1 == 0).all() and not (gone[0] == gone[1]).all()   # whole patches, others in each
+
+
+def test_analysis_replaces_unreadable_images(studied, tmp_path, capsys):
+    tmp, paths = studied
+    shutil.copytree(tmp / "images", tmp_path / "images")
+    (tmp_path / "images" / "val" / "b" / "3.png").write_bytes(b"broken")
+    analyze.main([paths["vit"], "--only", "fourier", "--data", str(tmp_path / "images"), "--images", "24", "--workers", "0", "--out", str(tmp_path / "out")])
+    assert "replaced by another: " in (text := capsys.readouterr().out) and "3.png is no readable image" in text
+
+
+BAD_ANALYSES = [
+    ("{tmp}/missing.pt", "no checkpoint at"),
+    ("{tmp}/foreign.pt", "in no known format"),
+    ("{tmp}/unknown.pth", "none of vit_s"),
+    ("{vit} --only attention,colour", "no analysis 'colour': choose from reconstruct, "),
+    ("{vit} --images 3", "3 is not 8 or more"),
+    ("{vit} --data {tmp}/nothing", "no folder"),
+    ("{vit} --data {tmp}/few", "holds out 1 images only"),
+    ("{vit} --data {tmp}/held", "holds out 7 images only"),
+    ("{vit} --pairs 0", "0 is not 1 or more"),
+    ("{vit} --unknown", "unrecognized arguments"),
+    ("", "required: CHECKPOINT"),
+    ("{vit} --out {tmp}/other", "holds the analysis of something else"),
+    ("{vit} --out {tmp}/foreign.pt", "foreign.pt"),
+]
+
+
+def test_bad_analyses_are_one_line(studied, tmp_path, capsys):
+    tmp, paths = studied
+    torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pt")
+    torch.save(models.build("vit_b", 32, patch_size=16, dim=24, heads=2, depth=1, mlp_dim=8).state_dict(), tmp_path / "unknown.pth")
+    write_images(tmp_path / "few", ["a/0.png", "b/1.png", "b/2.png", "b/3.png"])
+    write_images(tmp_path / "held", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(7)])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "fourier.json").write_text('{"about": {"seed": 3}}')
+    files = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = files()
+    for command, says in BAD_ANALYSES:
+        with pytest.raises(SystemExit) as done:
+            analyze.main(shlex.split(command.format(tmp=tmp_path, vit=paths["vit"])) + ["--workers", "0"])
+        said = capsys.readouterr()
+        assert done.value.code == 2 and says in said.err and len(said.err.splitlines()) == 1 and said.err.startswith("analyze.py: "), command
+    assert files() == before
+
+
+def test_analysis_without_matplotlib_or_labels(studied, tmp_path, monkeypatch, capsys):
+    tmp, paths = studied
+    monkeypatch.setattr(analyze, "Figure", None)
+    write_images(tmp_path / "flat", [f"{i}.png" for i in range(40)])
+    analyze.main([paths["vit"], paths["vit_nano"], "--data", str(tmp_path / "flat"), "--images", "8", "--workers", "0", "--pairs", "1", "--contexts", "1", "--out",
+                  str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "no figures, only numbers: pip install matplotlib" in text and not list((tmp_path / "out").glob("*.png"))
+    assert text.count(f"the images of {tmp_path}/flat have no labels") == 4 and "for the predicted class" in text
+    assert "<pre>" in (tmp_path / "out" / "index.html").read_text()
+
+
 # ------------------------------------------------------------------------------------------------ README.md
 
 def readme_commands(script):
@@ -2943,7 +3344,7 @@ def test_readme_finetune_commands_are_protocols(monkeypatch):
             assert published.items() <= config.items(), command
 
 
-def test_readme_commands_of_packs_and_bench(tmp_path, monkeypatch, capsys):
+def test_readme_commands_of_packs_bench_and_analyses(tmp_path, monkeypatch, capsys):
     write_images(tmp_path / "path" / "to" / "imagenet", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(3)])
     monkeypatch.chdir(tmp_path)
     packs, benches = readme_commands("data.py"), readme_commands("bench.py")
@@ -2952,6 +3353,7 @@ def test_readme_commands_of_packs_and_bench(tmp_path, monkeypatch, capsys):
         data.main(shlex.split(command) + ["--workers", "0"])
         assert "6 images" in capsys.readouterr().out
     assert {table for command in benches for table in bench.parse(shlex.split(command)).tables} == set(bench.TABLES)
+    assert len([analyze.parse(shlex.split(command)) for command in readme_commands("analyze.py")]) >= 2
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):
@@ -2969,7 +3371,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("main,words", [(train.main, ["--micro-batch", "recipe"]), (finetune.main, ["--protocol", "--freeze", "--k", "LAMB"]),
-                                        (weights.main, ["show", "export"]), (data.main, ["pack"]), (bench.main, ["loader", "--runs", "--json"])])
+                                        (weights.main, ["show", "export"]), (data.main, ["pack"]), (bench.main, ["loader", "--runs", "--json"]), (analyze.main, ["attention", "--pairs", "CHECKPOINT"])])
 def test_help_teaches(main, words, capsys):
     with pytest.raises(SystemExit) as done:
         main(["--help"])
