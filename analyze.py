@@ -142,7 +142,7 @@ def interaction(study, s):
     found, passes = study.collect(s, strengths, passes=play(lambda coalitions: np.zeros(len(coalitions)), 0)[1])
     note = (f"{passes[:, 0].sum():,} forward passes where four a context would be {passes[:, 1].sum():,}; {study.args.pairs} pairs, "
             f"{study.args.contexts} contexts; for the {'true' if s.known else 'predicted'} class")
-    return {"interaction strength J, by order m / (n² − 2)": (ORDERS, *jackknife(found, lambda strength: strength / strength.mean()))}, note
+    return {"interaction strength J, by order m / (n² − 2)": (ORDERS, *jackknife(found, lambda strength: strength / strength.mean().clamp(min=1e-300)))}, note
 
 
 # ------------------------------------------------------------------------------------------------ A²MIM: occlusion and Fourier
@@ -188,7 +188,7 @@ def occlusion(study, s):
             yield s.logits(x) if s.known else probe(pooled(s, x)[-1])
 
     hits = accuracy(study, s, guesses, len(SHARES))
-    relative = jackknife(hits, lambda hits: 100 * hits / hits[0].clamp(min=1e-9))
+    relative = jackknife(hits, lambda hits: 100 * hits / hits[0].clamp(min=100))
     return {"top-1, %, by share of patches dropped": (SHARES, *average(hits)), "the same, % of top-1 on whole images": (SHARES, *relative)}, \
         "its classifier" if s.known else f"a linear probe of the last features, fitted on {study.probe_images:,} images"
 
@@ -207,7 +207,7 @@ def fourier(study, s):
     maps = functools.partial(s.encoder.walk, **dict(halves=True) if isinstance(s.encoder, models.ViT) else {})
     names = [name for name, _ in maps(s.example)]
     found = study.collect(s, lambda image, *_: sum((spectrum(z) for _, z in maps(image)), ()))
-    high, variance = torch.stack([amplitude[:, -1] for amplitude in found[0::2]], 1), torch.stack(found[1::2], 1).log10()
+    high, variance = torch.stack([amplitude[:, -1] for amplitude in found[0::2]], 1), torch.stack(found[1::2], 1).clamp(min=1e-12).log10()
     return {"Δ log amplitude at the highest frequency": (names, *average(high)), "log10 of the variance over positions": (names, *average(variance))}, \
         "a: after the attention of a block", {name: average(amplitude)[0] for name, amplitude in zip(names, found[0::2])}
 
@@ -317,7 +317,8 @@ class Subject:
             largest = max(z.numel() for _, z in self.encoder.walk(self.example))               # what makes it is some four times as large
             room = torch.cuda.mem_get_info()[0] / 4 if device.type == "cuda" else 1e9
             self.batch, began = max(4, min(64, int(room / (16 * largest)))), time.time()
-            self.encoder(self.example).sum().item()
+            if not self.encoder(self.example).sum().isfinite().item():
+                raise ValueError(f"the features of {path} are not finite numbers: it is broken")
             self.rate = 4 / (time.time() - began)                           # images a second
 
 

@@ -192,7 +192,7 @@ def loader(views, batches, workers=0, pin=False, collate=None):
 def progress(batches, total, what, images=len):
     """The batches, and how far they are: in a bar or, without a terminal, in a line every ten seconds."""
     done, told = 0, time.time()
-    with tqdm(total=total, desc=what, unit="image", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, desc=what, unit="image", leave=False, disable=not sys.stderr.isatty()) as bar:
         for batch in batches:
             yield batch
             bar.update(images(batch))

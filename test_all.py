@@ -3254,6 +3254,7 @@ BAD_ANALYSES = [
     ("{tmp}/missing.pt", "no checkpoint at"),
     ("{tmp}/foreign.pt", "in no known format"),
     ("{tmp}/unknown.pth", "none of vit_s"),
+    ("{tmp}/broken.pth", "broken.pth are not finite numbers"),
     ("{vit} --only attention,colour", "no analysis 'colour': choose from reconstruct, "),
     ("{vit} --images 3", "3 is not 8 or more"),
     ("{vit} --data {tmp}/nothing", "no folder"),
@@ -3271,6 +3272,9 @@ def test_bad_analyses_are_one_line(studied, tmp_path, capsys):
     tmp, paths = studied
     torch.save({"a": torch.zeros(1)}, tmp_path / "foreign.pt")
     torch.save(models.build("vit_b", 32, patch_size=16, dim=24, heads=2, depth=1, mlp_dim=8).state_dict(), tmp_path / "unknown.pth")
+    broken = models.build("vit_nano", 32)
+    torch.nn.init.constant_(broken.encoder.patch_embed.bias, math.nan)
+    torch.save(broken.state_dict(), tmp_path / "broken.pth")
     write_images(tmp_path / "few", ["a/0.png", "b/1.png", "b/2.png", "b/3.png"])
     write_images(tmp_path / "held", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(7)])
     (tmp_path / "other").mkdir()
