@@ -19,8 +19,10 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -58,11 +60,11 @@ def reconstruct(study, s):
     are low frequencies, edges that go on are the middle ones that A²MIM is after."""
     if not s.mim:
         raise NotFor("there is no decoder, or no mask token, in its file")
-    grid, ratio, pictures = s.size // (s.run.get("mask_size") or (32 if s.size >= 128 else s.size // 4)), s.run.get("mask_ratio", 0.6), []
+    pictures = []
 
     def measure(image, _, first):
         generators = [data.generator(study.args.seed, "mask", first + i) for i in range(len(image))]
-        mask = masking.random_mask(len(image), grid, ratio, generators).to(image.device)
+        mask = masking.random_mask(len(image), s.mask_grid, s.mask_ratio, generators).to(image.device)
         rows, M = train.reconstruct(s.mim, image, mask), masking.resize(mask, image.shape[-2:])
         pictures.extend((label, row[:8].cpu()) for label, row in zip(("image", "masked", "reconstruction", "composite"), rows) if not first)
         guesses = rows[2], masking.fill(image, mask, "mean")
@@ -117,7 +119,7 @@ def interactions(value, players, pairs, sizes, most, rng):
 def interaction(study, s):
     """What two neighbouring patches do for a class together and not apart, while m others are visible; each model's mean is 1. On the left the
     two are almost alone, on the right the image is nearly whole. A²MIM's plots of interaction strength: masked image modeling strengthens
-    the middle orders."""
+    the middle orders. Contexts are drawn (but at both ends), and the fewer, the larger the mean of their noise's absolute value there."""
     if not s.logits:
         raise NotFor("it has no classifier; finetune.py gives it one")
     players = s.grid ** 2
@@ -142,7 +144,7 @@ def interaction(study, s):
     found, passes = study.collect(s, strengths, passes=play(lambda coalitions: np.zeros(len(coalitions)), 0)[1])
     note = (f"{passes[:, 0].sum():,} forward passes where four a context would be {passes[:, 1].sum():,}; {study.args.pairs} pairs, "
             f"{study.args.contexts} contexts; for the {'true' if s.known else 'predicted'} class")
-    return {"interaction strength J, by order m / (n² − 2)": (ORDERS, *jackknife(found, lambda strength: strength / strength.mean().clamp(min=1e-300)))}, note
+    return {"interaction strength J by order m / (n² − 2)": (ORDERS, *jackknife(found, lambda strength: strength / strength.mean().clamp(min=1e-300)))}, note
 
 
 # ------------------------------------------------------------------------------------------------ A²MIM: occlusion and Fourier
@@ -188,9 +190,10 @@ def occlusion(study, s):
             yield s.logits(x) if s.known else probe(pooled(s, x)[-1])
 
     hits = accuracy(study, s, guesses, len(SHARES))
-    relative = jackknife(hits, lambda hits: 100 * hits / hits[0].clamp(min=100))
-    return {"top-1, %, by share of patches dropped": (SHARES, *average(hits)), "the same, % of top-1 on whole images": (SHARES, *relative)}, \
-        "its classifier" if s.known else f"a linear probe of the last features, fitted on {study.probe_images:,} images"
+    curves = {"top-1, %, by share of patches dropped": (SHARES, *average(hits))}
+    if hits[:, 0].mean() > 3 * hits[:, 0].std() / len(hits) ** 0.5:  # three standard errors: there is something to lose
+        curves["% of top-1 on whole images by share of patches dropped"] = (SHARES, *jackknife(hits, lambda hits: 100 * hits / hits[0]))
+    return curves, "its classifier" if s.known else f"a linear probe of the last features, fitted on {study.probe_images:,} images"
 
 
 def spectrum(z):
@@ -204,12 +207,16 @@ def spectrum(z):
 def fourier(study, s):
     """How much of each feature map is high frequency, and how much it varies from place to place, from the stem to the last block. A²MIM's
     Fourier analysis, after Park and Kim: attention lowers high frequencies and variance, convolutions and MLPs raise them."""
-    maps = functools.partial(s.encoder.walk, **dict(halves=True) if isinstance(s.encoder, models.ViT) else {})
-    names = [name for name, _ in maps(s.example)]
-    found = study.collect(s, lambda image, *_: sum((spectrum(z) for _, z in maps(image)), ()))
+    vit = isinstance(s.encoder, models.ViT)
+
+    def maps(image):                                                        # where there is something to see
+        return {name: z for name, z in s.encoder.walk(image, *[True] * vit) if z.shape[-1] >= 4}
+
+    names = list(maps(s.example))
+    found = study.collect(s, lambda image, *_: sum(map(spectrum, maps(image).values()), ()))
     high, variance = torch.stack([amplitude[:, -1] for amplitude in found[0::2]], 1), torch.stack(found[1::2], 1).clamp(min=1e-12).log10()
-    return {"Δ log amplitude at the highest frequency": (names, *average(high)), "log10 of the variance over positions": (names, *average(variance))}, \
-        "a: after the attention of a block", {name: average(amplitude)[0] for name, amplitude in zip(names, found[0::2])}
+    return {"Δ log amplitude at the highest frequency by layer": (names, *average(high)), "log10 of the variance over positions by layer": (
+        names, *average(variance))}, "1a: after the attention of block 1" * vit, {name: average(amplitude)[0] for name, amplitude in zip(names, found[0::2])}
 
 
 # ------------------------------------------------------------------------------------------------ Dark Secrets: attention
@@ -240,9 +247,11 @@ def attention(study, s):
             z = block(z)
         return [torch.stack(parts, 1) for parts in zip(*found)]             # (B, blocks, heads), the last (B, blocks, 1)
 
-    quantities, blocks = ("attention distance, px", "entropy, nats", "KL divergence between heads, nats"), len(s.encoder.blocks)
-    return {quantity: (list(range(1, blocks + 1)), *average(values.mean(2)), average(values)[0])
-            for quantity, values in zip(quantities, study.collect(s, measures))}, "by block; patches only, the class token is left out"
+    found = study.collect(s, measures)
+    uniform = attention_measures(torch.zeros(1, 1, s.grid ** 2, s.grid ** 2).log_softmax(-1), s.size / s.grid)
+    return {quantity: (list(range(1, values.shape[1] + 1)), *average(values.mean(2)), *[average(values)[0]] * (values.shape[2] > 1))
+            for quantity, values in zip(("attention distance, px, by block", "entropy, nats, by block", "KL divergence between heads, nats, by block"), found)}, \
+        f"patches only, the class token is left out; were attention uniform, distance would be {uniform[0].item():.1f} and entropy {uniform[1].item():.2f}"
 
 
 # ------------------------------------------------------------------------------------------------ Dark Secrets: CKA, dropping layers
@@ -264,36 +273,36 @@ def cka_of(hsic):
 
 @functools.cache
 def hsic_of(study):
-    """HSIC of all layers of all subjects, (groups, L, L), each the sum over a tenth of the minibatches (memory does not grow with the
-    images); where each subject's layers end."""
+    """HSIC of all layers of all subjects, (groups, L, L), each a sum over a tenth of the minibatches (memory does not grow with the
+    images); where each subject's layers end; images in a minibatch."""
     sums, batch = {}, max(4, min(*(s.batch for s in study.subjects), study.images // 10))
     for i, parts in enumerate(zip(*(study.batches(s, batch=batch) for s in study.subjects))):
-        if (n := len(parts[0][0])) >= 4:
+        if (n := len(parts[0][0])) == batch:                                # what is left over would weigh too much
             grams = torch.stack([centred_gram(z) for s, part in zip(study.subjects, parts) for _, z in s.encoder.walk(part[0])])
             sums[i % 10] = sums.get(i % 10, 0) + (grams @ grams.T).cpu() / (n * (n - 3))
-    return torch.stack(list(sums.values())), np.cumsum([0, *(len(list(s.encoder.walk(s.example))) for s in study.subjects)]).tolist()
+    return torch.stack(list(sums.values())), np.cumsum([0, *(len(list(s.encoder.walk(s.example))) for s in study.subjects)]).tolist(), batch
 
 
 def cka(study, s):
     """How alike two layers represent images (1: up to rotation and scale), from the stem, bottom left, to the last block. Dark Secrets' similarity
     maps: layers of a masked image model are alike, those of a supervised one drift."""
-    sums, ends = hsic_of(study)
+    sums, ends, batch = hsic_of(study)
     mine = slice(*ends[(at := study.subjects.index(s)):at + 2])
 
     def means(hsic):                                                        # with each model; a layer with itself does not count
         return torch.stack([part.nanmean() for part in cka_of(hsic).fill_diagonal_(math.nan)[mine].split(np.diff(ends).tolist(), 1)])
 
     return {"mean CKA of its layers with those of": ([other.name for other in study.subjects], *jackknife(sums, means))}, \
-        "all pairs of layers but those of one with itself", dict(matrix=cka_of(sums.sum(0))[mine].tolist(), ends=ends)
+        f"all pairs of different layers; minibatches of {batch} images, ± over {len(sums)} groups of them", dict(matrix=cka_of(sums.sum(0))[mine].tolist(), ends=ends)
 
 
 def layers(study, s):
-    """What a linear classifier gets from the features after each block. After Dark Secrets' experiment of dropping the last layers: supervised
-    features get better to the end; those of a masked image model peak before, as its last blocks serve the pixels."""
+    """What a linear classifier gets from the features of the first blocks: where in the model is what tells classes apart? After Dark Secrets'
+    experiment of dropping the last layers, with a probe in place of fine-tuning."""
     probes, own = fit_probes(study, s), [s.logits] if s.known else []
     mean, error = average(accuracy(study, s, lambda image, _: [probe(z) for probe, z in zip(probes, pooled(s, image))] + [f(image) for f in own]))
     names = [name for name, _ in s.encoder.walk(s.example)]
-    return {"top-1 of a linear probe after each block, %": (names, mean[:len(names)], error[:len(names)])}, \
+    return {"top-1 of a linear probe, %, by layer": (names, mean[:len(names)], error[:len(names)])}, \
         f"fitted on {study.probe_images:,} images" + f"; its classifier, on all blocks: {mean[-1]:.1f} ± {error[-1]:.1f}" * bool(own)
 
 
@@ -305,21 +314,32 @@ class Subject:
 
     def __init__(self, path, name, device):
         model, about = weights.open_model(path)
-        model, self.run = train.place(model, device, 1).eval().requires_grad_(False), about["run"]
-        self.name, self.arch, self.size, self.classes = name, about["arch"], about["size"], about["classes"]
+        model, run = train.place(model, device, 1).eval().requires_grad_(False), about["run"]
+        self.name, self.arch, self.size, self.classes, self.data = name, about["arch"], about["size"], about["classes"], run.get("data")
         self.encoder, self.logits, self.mim = model.encoder, model if isinstance(model, models.Predictor) else None, None
         if not self.logits and not any(name.startswith(("decoder.", "mask_token.")) for name in about["missing"]):
             self.mim = model
-        self.resize = self.run.get("test_resize") or (self.size if "nano" in self.arch else round(self.size * 256 / 224))
+        resize, usual = run.get("test_resize", 0), self.size if "nano" in self.arch else round(self.size * 256 / 224)
+        self.resize = resize if self.size <= resize <= 4 * self.size else usual
         self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
-        self.example = torch.zeros(4, 3, self.size, self.size, device=device)
+        block, ratio = run.get("mask_size", 0), run.get("mask_ratio", 0.6)
+        self.mask_grid = self.size // block if block > 0 and self.size % block == 0 else self.size // 32 if self.size >= 128 else 4
+        self.mask_ratio = ratio if 0 < ratio < 1 else 0.6
+        self.example = torch.randn(4, 3, self.size, self.size, generator=data.generator(0)).to(device)
         with torch.no_grad():
             largest = max(z.numel() for _, z in self.encoder.walk(self.example))               # what makes it is some four times as large
             room = torch.cuda.mem_get_info()[0] / 4 if device.type == "cuda" else 1e9
             self.batch, began = max(4, min(64, int(room / (16 * largest)))), time.time()
-            if not self.encoder(self.example).sum().isfinite().item():
-                raise ValueError(f"the features of {path} are not finite numbers: it is broken")
-            self.rate = 4 / (time.time() - began)                           # images a second
+            example = self.example[:1].expand(min(16, self.batch), -1, -1, -1)
+            output = self.logits(example) if self.logits else self.mim(example, torch.ones(1, 1, 1).to(device)) if self.mim else self.encoder(example)
+            if not output.sum().isfinite().item():
+                raise ValueError(f"what {path} makes of images is no finite number: it is broken")
+            self.rate = len(example) / (time.time() - began)                # images a second
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: file.read(2 ** 22), b""), 0)
 
 
 class Study:
@@ -327,10 +347,10 @@ class Study:
 
     def __init__(self, args):
         self.args, self.device = args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        names = [finetune.name_of(path) for path in args.checkpoints]
+        names = [re.sub(r"[^\w ().,=+-]|^_", "-", finetune.name_of(path)) for path in args.checkpoints]      # as figures can show them
         names = [name + f" ({i})" * (names.count(name) > 1) for i, name in enumerate(names, 1)]
         self.subjects = [Subject(path, name, self.device) for path, name in zip(args.checkpoints, names)]
-        self.data = args.data or self.subjects[0].run.get("data") or "shapes"
+        self.data = args.data or self.subjects[0].data or "shapes"
         self.sources = {split: data.open_source(self.data, split, max(s.size for s in self.subjects)) for split in ("train", "val")}
         self.classes, self.images = list(self.sources["val"].classes), min(args.images, len(self.sources["val"]))
         for s in self.subjects:                                             # is its classifier for these classes?
@@ -338,30 +358,31 @@ class Study:
         self.probe_images = min(args.probe_images, np.count_nonzero(self.sources["train"].labels >= 0))
         if self.images < 8:
             raise ValueError(f"{self.data} holds out {self.images} images only: the analyses need 8 or more")
-        self.about = dict(checkpoints=args.checkpoints, data=self.data, images=self.images, seed=args.seed)
+        self.about = dict(checkpoints=dict(zip(names, map(digest, args.checkpoints))), data=self.data, images=self.images, seed=args.seed)
         self.out = args.out or os.path.join("runs", "analysis-" + "-".join(names)[:150])
-        if not args.overwrite and any(found["about"] != self.about for found in self.results().values()):
+        files = [os.path.join(self.out, name) for name in ("index.html", *(name + end for name in ANALYSES for end in (".json", ".png")))]
+        if any(map(os.path.exists, files)) and not self.results() and not args.overwrite:
             raise ValueError(f"{self.out} holds the analysis of something else: choose another --out, or --overwrite")
         os.makedirs(self.out, exist_ok=True)
         if not os.access(self.out, os.W_OK):
             raise ValueError(f"{self.out} cannot be written to: choose another --out")
 
     def results(self):
-        """{analysis: what its file holds}, of those there are."""
+        """{analysis: what its file holds}, of those there are of these checkpoints and images."""
         found = {}
         for name in ANALYSES:
-            if os.path.exists(path := os.path.join(self.out, name + ".json")):
-                with contextlib.suppress(ValueError), open(path) as file:
-                    found[name] = dict(about=None) | json.load(file)
-        return found
+            with contextlib.suppress(OSError, ValueError, RecursionError), open(os.path.join(self.out, name + ".json")) as file:
+                found[name] = json.load(file)
+        return {name: each for name, each in found.items() if isinstance(each, dict) and each.get("about") == self.about}
 
     def batches(self, s, split="val", labelled=False, passes=1, batch=None):
         """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects."""
         source, most, batch = self.sources[split], self.images if split == "val" else self.probe_images, batch or s.batch
-        chosen = np.flatnonzero(source.labels >= 0) if labelled else np.arange(len(source))
-        chosen = chosen[torch.randperm(len(chosen), generator=data.generator(self.args.seed, split))[:most]].tolist()
-        if len(chosen) < 8 or labelled and len(self.classes) < 2:
+        if labelled:
+            source = torch.utils.data.Subset(source, np.flatnonzero(source.labels >= 0))
+        if len(source) < 8 or labelled and len(self.classes) < 2:
             raise NotFor(f"the images of {self.data} have no labels")
+        chosen = torch.randperm(len(source), generator=data.generator(self.args.seed, split))[:most].tolist()
         views = data.Views(source, functools.partial(finetune.test_view, config=dict(test_resize=s.resize, test_crop=s.size)), self.args.seed)
         batches = [[(0, i, chosen[i]) for i in range(at, min(at + batch, len(chosen)))] for at in range(0, len(chosen), batch)]
         say(f"  {s.name}: {passes * len(chosen):,} forward passes, about {datetime.timedelta(seconds=round(passes * len(chosen) / s.rate))}")
@@ -384,16 +405,17 @@ class Study:
         for s in self.subjects:
             try:
                 with torch.no_grad():
-                    found, note, *more[s.name] = analysis(self, s)
-                notes[s.name] = note
+                    found, notes[s.name], *more[s.name] = analysis(self, s)
+                if not all(np.isfinite(means).all() for _, means, *_ in found.values()):
+                    raise NotFor("its numbers are not finite")
                 for quantity, curve in found.items():
                     curves.setdefault(quantity, {})[s.name] = curve
             except NotFor as reason:
-                more.pop(s.name, None)
+                notes.pop(s.name, None), more.pop(s.name, None)
                 say(f"  not for {s.name}: {reason}")
         if not curves:
             return
-        table, notes = tabulate(curves), [", ".join(who for who in notes if notes[who] == note) + f": {note}" for note in dict.fromkeys(notes.values())]
+        table, notes = tabulate(curves), [", ".join(who for who in notes if notes[who] == note) + f": {note}" for note in dict.fromkeys(notes.values()) if note]
         say("\n".join(table + notes))
         result = dict(about=self.about, notes=notes, table=table, curves=curves, more=more if draw is not draw_pictures else None)
         data.write_file(os.path.join(self.out, name + ".json"), json.dumps(result).encode())
@@ -410,12 +432,11 @@ class Study:
                 f"<h1>{html.escape(', '.join(s.name for s in self.subjects))}</h1><p>{self.images} held-out images of {html.escape(self.data)}, "
                 f"seed {self.args.seed}. ± is a standard error over images."]
         for name, found in self.results().items():
-            if found["about"] == self.about:
-                page.append(f"<h2>{name}</h2><p>{ANALYSES[name][0].__doc__}")
-                if os.path.exists(path := os.path.join(self.out, name + ".png")):
-                    with open(path, "rb") as file:
-                        page.append(f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(file.read()).decode()}">')
-                page.append("<pre>" + html.escape("\n".join(found["table"] + found["notes"])) + "</pre>")
+            page.append(f"<h2>{name}</h2><p>{ANALYSES[name][0].__doc__}")
+            if os.path.exists(path := os.path.join(self.out, name + ".png")):
+                with open(path, "rb") as file:
+                    page.append(f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(file.read()).decode()}">')
+            page.append("<pre>" + html.escape("\n".join(found["table"] + found["notes"])) + "</pre>")
         data.write_file(os.path.join(self.out, "index.html"), "\n".join(page).encode())
 
 
@@ -447,16 +468,19 @@ def tabulate(curves):
 
 
 def draw_curves(figure, curves, more):
-    """A panel a quantity, a line a checkpoint; where places have names, over the share of the depth."""
-    figure.set_size_inches(1.5 + 4.5 * len(curves), 4.2)
+    """A panel a quantity, a line a checkpoint; places with names, the layers, over their share of the depth."""
+    figure.set_size_inches(1.5 + 4.5 * len(curves), 4.6)
     for ax, (quantity, each) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for i, (name, (places, means, errors, *heads)) in enumerate(each.items()):
             x = np.linspace(0, 1, len(places)) if isinstance(places[0], str) else places
             ax.errorbar(x, means, errors, marker=".", capsize=2, color=f"C{i}", label=name)
             for dots in heads:
                 ax.plot(np.repeat(x, len(dots[0])), np.ravel(dots), "o", ms=4, color=f"C{i}", alpha=0.5)
-        ax.set(title=quantity, xlabel="share of the depth" if isinstance(places[0], str) else "")
-    ax.legend(fontsize=8)
+        title, _, where = quantity.rpartition(" by ")
+        ax.set(title=title.strip(","), xlabel=where)
+        if isinstance(places[0], (str, int)) and all(other == places for other, *_ in each.values()):
+            ax.set_xticks(x, places)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def draw_pictures(figure, curves, more):

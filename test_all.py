@@ -3171,8 +3171,8 @@ def test_all_analyses_of_all_kinds(studied, tmp_path, capsys):
     names = {"reconstruct": 3, "interaction": 2, "occlusion": 5, "fourier": 5, "attention": 3, "cka": 5, "layers": 5}
     for name, subjects in names.items():
         found = analysis(out, name)
-        for each in found["curves"].values():
-            assert len(each) == subjects
+        for quantity, each in found["curves"].items():
+            assert len(each) == subjects or "whole images" in quantity      # which needs an accuracy well above 0
             for places, means, errors, *_ in each.values():
                 assert len(places) == len(means) == len(errors) and np.isfinite(means + errors).all()
     if analyze.Figure:
@@ -3192,7 +3192,7 @@ def test_analyses_of_other_projects_models(studied, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "timm (deit_t, 224 px), torchvision (resnet18, 224 px), plain (resnet18, 224 px)" in text
     assert "for the predicted class" in text and "for the true class" in text           # ten classes, of which the images know nothing; three
-    assert not (tmp_path / "out" / "reconstruct.json").exists() and analysis(tmp_path / "out", "attention")["curves"]["entropy, nats"].keys() == {"timm"}
+    assert not (tmp_path / "out" / "reconstruct.json").exists() and analysis(tmp_path / "out", "attention")["curves"]["entropy, nats, by block"].keys() == {"timm"}
     assert "timm, plain: a linear probe" in text and "torchvision: its classifier" in text
 
 
@@ -3205,7 +3205,7 @@ def test_interaction_of_a_network_by_enumeration(tmp_path, capsys):
     out = tmp_path / "out"
     analyze.main([str(tmp_path / "toy.pt"), "--data", str(tmp_path / "images"), "--images", "8", "--pairs", "50", "--contexts", "35", "--only", "interaction",
                   "--workers", "0", "--out", str(out)])
-    (places, J, errors), = analysis(out, "interaction")["curves"]["interaction strength J, by order m / (n² − 2)"].values()
+    (places, J, errors), = analysis(out, "interaction")["curves"]["interaction strength J by order m / (n² − 2)"].values()
     assert "4,096 forward passes where four a context would be" in capsys.readouterr().out    # 8 images × 2⁹ coalitions
     source = data.open_source(str(tmp_path / "images"), "val", 24)
     chosen = torch.randperm(12, generator=data.generator(0, "val"))[:8].tolist()
@@ -3242,6 +3242,100 @@ def test_occlusion_at_zero_is_plain_evaluation(studied, tmp_path, capsys):
         assert (gone.view(4, 8, 4, 8, 4).float().mean((2, 4)) % 1 == 0).all() and not (gone[0] == gone[1]).all()   # whole patches, others in each
 
 
+def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
+    """Attention, spectra, CKA and probes of a ViT, computed anew from what its blocks take in and give out, as hooks see it."""
+    tmp, paths = studied
+    folder, out = str(tmp / "images"), tmp_path / "out"
+    torch.manual_seed(0)
+    a2mim = random_weights(models.build("vit_nano", 24, patch_size=8))
+    torch.save({"model": a2mim.state_dict()}, tmp_path / "toy.pt")
+    analyze.main([str(tmp_path / "toy.pt"), "--data", folder, "--images", "14", "--only", "attention,cka,layers", "--workers", "0", "--out", str(out)])
+    vit = a2mim.encoder
+
+    def features(split, images):
+        """[what each block gives, (B, 1 + N, D)], [what its attention takes in], labels."""
+        source = data.open_source(folder, split, 24)
+        order = torch.randperm(24, generator=data.generator(0, split))[:images].tolist()
+        batch = torch.stack([data.evaluation_crop(source[i][0], 24, 24) for i in order])
+        outputs, inputs, hooks = [], [], []
+        for block in vit.blocks:
+            hooks.append(block.register_forward_hook(lambda module, args, output: outputs.append(output)))
+            hooks.append(block.attn.register_forward_hook(lambda module, args, output: inputs.append(args[0])))
+        with torch.no_grad():
+            x = data.normalize(batch)
+            stem = vit.patch_embed(x).flatten(2).transpose(1, 2)
+            vit(x)
+        for hook in hooks:
+            hook.remove()
+        return [stem, *(z[:, 1:] for z in outputs)], inputs, torch.tensor([source[i][1] for i in order])
+
+    maps, inputs, labels = features("val", 14)
+    at = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
+    for block, x, number in zip(vit.blocks, inputs, range(4)):
+        with torch.no_grad():
+            q, k, _ = block.attn.project(x)
+            p = (q @ k.transpose(-2, -1) / (96 / 4) ** 0.5 + block.attn.position_bias(q.dtype)).softmax(-1)[:, :, 1:, 1:]    # no class token,
+        p = p / p.sum(-1, keepdim=True)                                                         # and the rest a distribution again
+        curves = analysis(out, "attention")["curves"]
+        for quantity, by_hand in (("attention distance, px, by block", (p * 8 * torch.cdist(at, at)).sum(-1)), ("entropy, nats, by block", -(p * p.log()).sum(-1))):
+            places, means, errors, heads = curves[quantity]["toy"]
+            assert places == [1, 2, 3, 4] and relative(heads[number], by_hand.mean((0, 2))) < 1e-4
+            assert relative(means[number], by_hand.mean()) < 1e-4 and relative(errors[number], by_hand.mean((1, 2)).std() / 14 ** 0.5) < 1e-3
+        kl = [(p[:, g] * (p[:, g] / p[:, h]).log()).sum(-1).mean() for g in range(4) for h in range(4) if g != h]
+        assert relative(curves["KL divergence between heads, nats, by block"]["toy"][1][number], sum(kl) / 12) < 1e-3
+    (cka,), = analysis(out, "cka")["more"].values()                         # three minibatches of four; two images are left over
+    assert np.abs(np.array(cka["matrix"]) - cka_between(*[z[:12] for z in maps], batch=4).numpy()).max() < 1e-4
+    (places, top1, _), = analysis(out, "layers")["curves"]["top-1 of a linear probe, %, by layer"].values()
+    trained, _, known = features("train", 24)
+    by_hand = [100 * (analyze.fit_probe(a.mean(1), known, 3)(b.mean(1)).argmax(1) == labels).double().mean() for a, b in zip(trained, maps)]
+    assert places == ["stem", "1", "2", "3", "4"] and relative(top1, by_hand) < 1e-9 and len(set(top1)) > 1
+    analyze.main([paths["vit"], "--data", folder, "--images", "14", "--only", "fourier", "--workers", "0", "--out", str(tmp_path / "fourier")])
+    result, vit = analysis(tmp_path / "fourier", "fourier"), models.build("vit_nano", 32).encoder
+    weights.load(models.A2MIM(vit), paths["vit"])
+    source, seen = data.open_source(folder, "val", 32), []
+    order = torch.randperm(24, generator=data.generator(0, "val"))[:14].tolist()
+    hooks = [m.register_forward_hook(hook) for b in vit.blocks for m, hook in ((b.norm2, lambda m, args, o: seen.append(args[0])), (b, lambda m, a, o: seen.append(o)))]
+    with torch.no_grad():
+        x = data.normalize(torch.stack([data.evaluation_crop(source[i][0], 32, 32) for i in order]))
+        vit(x)
+        seen = [vit.patch_embed(x), *(z[:, 1:].transpose(1, 2).unflatten(2, (8, 8)) for z in seen)]
+    spectra = [analyze.spectrum(z) for z in seen]
+    (places, means, errors), = result["curves"]["Δ log amplitude at the highest frequency by layer"].values()
+    assert places == ["stem", "1a", "1", "2a", "2", "3a", "3", "4a", "4"] and relative(means, [a[:, 4].mean() for a, _ in spectra]) < 1e-4
+    assert relative(errors, [a[:, 4].std() / 14 ** 0.5 for a, _ in spectra]) < 1e-3
+    (_, means, _), = result["curves"]["log10 of the variance over positions by layer"].values()
+    assert relative(means, [v.log10().mean() for _, v in spectra]) < 1e-4
+
+
+def test_results_of_another_checkpoint_are_not_mixed(studied, tmp_path, capsys):
+    tmp, paths = studied
+    shutil.copy(paths["vit"], tmp_path / "last.pt")
+    command = [str(tmp_path / "last.pt"), "--data", str(tmp / "images"), "--images", "8", "--workers", "0", "--out", str(tmp_path / "out"), "--only"]
+    analyze.main([*command, "fourier"])
+    analyze.main([*command, "cka"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<h2>fourier</h2>" in page and "<h2>cka</h2>" in page            # a folder may grow
+    shutil.copy(paths["simmim"], tmp_path / "last.pt")                      # the run went on
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as done:
+        analyze.main([*command, "cka"])
+    assert done.value.code == 2 and "holds the analysis of something else" in capsys.readouterr().err
+    assert (tmp_path / "out" / "index.html").read_text() == page
+    analyze.main([*command, "cka", "--overwrite"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<h2>cka</h2>" in page and "<h2>fourier</h2>" not in page
+
+
+def test_labelled_images_are_replaced_by_labelled_ones(studied, tmp_path, capsys):
+    tmp, paths = studied
+    write_images(tmp_path / "mixed", [f"train/{i}.png" for i in range(30)] + [f"{split}/{kind}/{i}.png" for split in ("train", "val") for kind in "ab" for i in range(9)])
+    for i in range(4):
+        (tmp_path / "mixed" / "train" / "a" / f"{i}.png").write_bytes(b"broken")
+    analyze.main([paths["vit"], "--data", str(tmp_path / "mixed"), "--images", "18", "--only", "layers", "--workers", "0", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert text.count("replaced by another") == 4 and "fitted on 18 images" in text
+
+
 def test_analysis_replaces_unreadable_images(studied, tmp_path, capsys):
     tmp, paths = studied
     shutil.copytree(tmp / "images", tmp_path / "images")
@@ -3254,7 +3348,7 @@ BAD_ANALYSES = [
     ("{tmp}/missing.pt", "no checkpoint at"),
     ("{tmp}/foreign.pt", "in no known format"),
     ("{tmp}/unknown.pth", "none of vit_s"),
-    ("{tmp}/broken.pth", "broken.pth are not finite numbers"),
+    ("{tmp}/broken.pth", "broken.pth makes of images is no finite number"),
     ("{vit} --only attention,colour", "no analysis 'colour': choose from reconstruct, "),
     ("{vit} --images 3", "3 is not 8 or more"),
     ("{vit} --data {tmp}/nothing", "no folder"),
@@ -3264,7 +3358,11 @@ BAD_ANALYSES = [
     ("{vit} --unknown", "unrecognized arguments"),
     ("", "required: CHECKPOINT"),
     ("{vit} --out {tmp}/other", "holds the analysis of something else"),
+    ("{vit} --out {tmp}/page", "holds the analysis of something else"),
+    ("{vit} --out {tmp}/strange", "holds the analysis of something else"),
     ("{vit} --out {tmp}/foreign.pt", "foreign.pt"),
+    ("{tmp}/sizes.pt", "none of resnet_nano"),
+    ("{tmp}/odd.pt", "odd.pt holds no whole model"),
 ]
 
 
@@ -3277,8 +3375,11 @@ def test_bad_analyses_are_one_line(studied, tmp_path, capsys):
     torch.save(broken.state_dict(), tmp_path / "broken.pth")
     write_images(tmp_path / "few", ["a/0.png", "b/1.png", "b/2.png", "b/3.png"])
     write_images(tmp_path / "held", [f"{split}/a/{i}.png" for split in ("train", "val") for i in range(7)])
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "fourier.json").write_text('{"about": {"seed": 3}}')
+    for name, file, text in (("other", "fourier.json", '{"about": {"seed": 3}}'), ("page", "index.html", "my own page"), ("strange", "cka.json", "[" * 100000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+    torch.save({"model": models.build("resnet_nano", 32).state_dict(), "identity": dict(arch="resnet_nano", img_size=999)}, tmp_path / "sizes.pt")
+    torch.save(models.build("vit_nano", 32).state_dict() | {"encoder.pos_embed": torch.zeros(5)}, tmp_path / "odd.pt")
     files = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     before = files()
     for command, says in BAD_ANALYSES:

@@ -239,7 +239,7 @@ def run_of(checkpoint):
     run = checkpoint.get("identity") if checkpoint else None
     kinds = dict(arch=str, protocol=str, task=str, data=str, fill=str, token=str, mask_ratio=float) | dict.fromkeys(
         ("img_size", "test_resize", "test_crop", "mask_size", "mask_layer"), int)
-    run = {k: v for k, v in run.items() if isinstance(v, kinds.get(k, ()))} if isinstance(run, dict) else {}
+    run = {k: v for k, v in run.items() if type(v) is kinds.get(k) and (type(v) is not int or 0 <= v < 10000)} if isinstance(run, dict) else {}
     return run if run.get("arch") in models.PRESETS else {}
 
 
@@ -270,15 +270,18 @@ def open_model(path):
     checkpoint = read(path)
     kind, items = unpack(checkpoint, path)
     run, state = run_of(checkpoint), {new: value for _, new, value in items}
-    size = run.get("test_crop") or run.get("img_size") or 224
-    arch, size, options = recognise(state, size, [run["arch"]] if run else models.PRESETS, path)
+    size, classes = run.get("test_crop") or run.get("img_size") or 224, checkpoint.get("classes")
     method = dict(mask_layer=0, fill="none", token="replace") if kind == "SimMIM" else {k: run.get(k) for k in ("mask_layer", "fill", "token")}
-    model, head = models.build(arch, size, **options, **method), state.get("head.weight")
-    if head is not None and head.ndim == 2 and run.get("task", "class") == "class":
-        on_token = "encoder.blocks.0.norm1.weight" in state and "fc_norm.weight" not in state
-        model = models.Predictor(model.encoder, len(head), "token" if on_token else "mean")
-    classes = checkpoint.get("classes")
-    return model, dict(arch=arch, size=size, run=run, classes=classes if isinstance(classes, list) else None) | load(model, checkpoint, path)
+    try:
+        arch, size, options = recognise(state, size, [run["arch"]] if run else models.PRESETS, path)
+        model, head = models.build(arch, size, **options, **method), state.get("head.weight")
+        if head is not None and head.ndim == 2 and len(head) > 1 and run.get("task", "class") == "class":
+            on_token = "encoder.blocks.0.norm1.weight" in state and "fc_norm.weight" not in state
+            model = models.Predictor(model.encoder, len(head), "token" if on_token else "mean")
+        report = load(model, checkpoint, path)
+    except (IndexError, RuntimeError, TypeError) as error:                  # odd shapes
+        raise ValueError(f"{path} holds no whole model: {str(error).splitlines()[0]}") from None
+    return model, dict(arch=arch, size=size, run=run, classes=classes if isinstance(classes, list) else None) | report
 
 
 def describe(report):
