@@ -9,51 +9,29 @@ cka, layers. CHECKPOINT is ours or another project's (see weights.py). Each writ
 a figure, NAME.png; index.html shows them all and says how to read them. "±" is a standard error over images.
 """
 import argparse
-import base64
-import contextlib
-import datetime
 import functools
-import html
-import io
 import itertools
-import json
 import math
-import os
-import re
 import sys
-import time
-import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
-import finetune
 import harness
 import masking
 import model as models
 import train
-import weights
-from harness import say
+from study import NotFor, Study, average, draw_curves, draw_map, draw_pictures, jackknife
 from train import count, number
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = None
 
 ORDERS = [0, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, 1]               # of interactions: m as shares of the other players
 SHARES = [0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95]                       # of patches dropped
 
-
-class NotFor(Exception):
-    """Why an analysis does not apply to a checkpoint."""
-
+# An analysis takes a study and a subject (see study.py). Its docstring says how to read it, on index.html too.
 
 # ------------------------------------------------------------------------------------------------ A²MIM: reconstructions
-# An analysis takes a study and a subject (below) and returns its curves, {quantity: (places, means, standard errors)}, a note,
-# and what else the figure needs. Its docstring says how to read it, on index.html too.
 
 def reconstruct(study, s):
     """Held-out images, what a model sees of them, what it paints, and both together. Look at the borders of blocks: shades that go on
@@ -306,205 +284,7 @@ def layers(study, s):
         f"fitted on {study.probe_images:,} images" + f"; its classifier, on all blocks: {mean[-1]:.1f} ± {error[-1]:.1f}" * bool(own)
 
 
-# ------------------------------------------------------------------------------------------------ models, images, results
-
-class Subject:
-    """A checkpoint under study: `encoder`; `mim`, the A2MIM around it, None if the file lacks its decoder or token; `logits`, images
-    (B, 3, S, S) -> (B, K), None without a classifier; `grid`, patches a side; `batch`, images at once. Raises ValueError."""
-
-    def __init__(self, path, name, device):
-        model, about = weights.open_model(path)
-        model, run = train.place(model, device, 1).eval().requires_grad_(False), about["run"]
-        self.name, self.arch, self.size, self.classes, self.data = name, about["arch"], about["size"], about["classes"], run.get("data")
-        self.encoder, self.logits, self.mim = model.encoder, model if isinstance(model, models.Predictor) else None, None
-        if not self.logits and not any(name.startswith(("decoder.", "mask_token.")) for name in about["missing"]):
-            self.mim = model
-        resize, usual = run.get("test_resize", 0), self.size if "nano" in self.arch else round(self.size * 256 / 224)
-        self.resize = resize if self.size <= resize <= 4 * self.size else usual
-        self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
-        block, ratio = run.get("mask_size", 0), run.get("mask_ratio", 0.6)
-        self.mask_grid = self.size // block if block > 0 and self.size % block == 0 else self.size // 32 if self.size >= 128 else 4
-        self.mask_ratio = ratio if 0 < ratio < 1 else 0.6
-        self.example = torch.randn(4, 3, self.size, self.size, generator=data.generator(0)).to(device)
-        with torch.no_grad():
-            largest = max(z.numel() for _, z in self.encoder.walk(self.example))               # what makes it is some four times as large
-            room = torch.cuda.mem_get_info()[0] / 4 if device.type == "cuda" else 1e9
-            self.batch, began = max(4, min(64, int(room / (16 * largest)))), time.time()
-            example = self.example[:1].expand(min(16, self.batch), -1, -1, -1)
-            output = self.logits(example) if self.logits else self.mim(example, torch.ones(1, 1, 1).to(device)) if self.mim else self.encoder(example)
-            if not output.sum().isfinite().item():
-                raise ValueError(f"what {path} makes of images is no finite number: it is broken")
-            self.rate = len(example) / (time.time() - began)                # images a second
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: file.read(2 ** 22), b""), 0)
-
-
-class Study:
-    """Checkpoints, images, and where the results go. Whatever can be wrong is found here. Raises ValueError and OSError."""
-
-    def __init__(self, args):
-        self.args, self.device = args, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        names = [re.sub(r"[^\w ().,=+-]|^_", "-", finetune.name_of(path)) for path in args.checkpoints]      # as figures can show them
-        names = [name + f" ({i})" * (names.count(name) > 1) for i, name in enumerate(names, 1)]
-        self.subjects = [Subject(path, name, self.device) for path, name in zip(args.checkpoints, names)]
-        self.data = args.data or self.subjects[0].data or "shapes"
-        self.sources = {split: data.open_source(self.data, split, max(s.size for s in self.subjects)) for split in ("train", "val")}
-        self.classes, self.images = list(self.sources["val"].classes), min(args.images, len(self.sources["val"]))
-        for s in self.subjects:                                             # is its classifier for these classes?
-            s.known = bool(s.logits) and s.logits.head.out_features == len(self.classes) and s.classes in (None, self.classes)
-        self.probe_images = min(args.probe_images, np.count_nonzero(self.sources["train"].labels >= 0))
-        if self.images < 8:
-            raise ValueError(f"{self.data} holds out {self.images} images only: the analyses need 8 or more")
-        self.about = dict(checkpoints=dict(zip(names, map(digest, args.checkpoints))), data=self.data, images=self.images, seed=args.seed)
-        self.out = args.out or os.path.join("runs", "analysis-" + "-".join(names)[:150])
-        files = [os.path.join(self.out, name) for name in ("index.html", *(name + end for name in ANALYSES for end in (".json", ".png")))]
-        if any(map(os.path.exists, files)) and not self.results() and not args.overwrite:
-            raise ValueError(f"{self.out} holds the analysis of something else: choose another --out, or --overwrite")
-        os.makedirs(self.out, exist_ok=True)
-        if not os.access(self.out, os.W_OK):
-            raise ValueError(f"{self.out} cannot be written to: choose another --out")
-
-    def results(self):
-        """{analysis: what its file holds}, of those there are of these checkpoints and images."""
-        found = {}
-        for name in ANALYSES:
-            with contextlib.suppress(OSError, ValueError, RecursionError), open(os.path.join(self.out, name + ".json")) as file:
-                found[name] = json.load(file)
-        return {name: each for name, each in found.items() if isinstance(each, dict) and each.get("about") == self.about}
-
-    def batches(self, s, split="val", labelled=False, passes=1, batch=None):
-        """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects."""
-        source, most, batch = self.sources[split], self.images if split == "val" else self.probe_images, batch or s.batch
-        if labelled:
-            source = torch.utils.data.Subset(source, np.flatnonzero(source.labels >= 0))
-        if len(source) < 8 or labelled and len(self.classes) < 2:
-            raise NotFor(f"the images of {self.data} have no labels")
-        chosen = torch.randperm(len(source), generator=data.generator(self.args.seed, split))[:most].tolist()
-        views = data.Views(source, functools.partial(finetune.test_view, config=dict(test_resize=s.resize, test_crop=s.size)), self.args.seed)
-        batches = [[(0, i, chosen[i]) for i in range(at, min(at + batch, len(chosen)))] for at in range(0, len(chosen), batch)]
-        say(f"  {s.name}: {passes * len(chosen):,} forward passes, about {datetime.timedelta(seconds=round(passes * len(chosen) / s.rate))}")
-        loader, first = data.loader(views, batches, train.loader_workers(self.args), self.device.type == "cuda"), 0
-        for (image, label), problems in data.progress(loader, len(chosen), s.name, lambda batch: len(batch[0][0])):
-            for line in problems:
-                say(f"  replaced by another: {line}")
-            yield data.normalize(image.to(self.device)), label.to(self.device), first
-            first += len(image)
-
-    def collect(self, s, function, **options):
-        """function(images, labels, position of the first) -> some (B, …), of all images."""
-        found = [[part.cpu() for part in function(*batch)] for batch in self.batches(s, **options)]
-        return [torch.cat(parts) for parts in zip(*found)]
-
-    def perform(self, name):
-        """One analysis, of all checkpoints that it applies to: table, numbers, figure."""
-        (analysis, draw), curves, notes, more = ANALYSES[name], {}, {}, {}
-        say(f"\n{name}")
-        for s in self.subjects:
-            try:
-                with torch.no_grad():
-                    found, notes[s.name], *more[s.name] = analysis(self, s)
-                if not all(np.isfinite(means).all() for _, means, *_ in found.values()):
-                    raise NotFor("its numbers are not finite")
-                for quantity, curve in found.items():
-                    curves.setdefault(quantity, {})[s.name] = curve
-            except NotFor as reason:
-                notes.pop(s.name, None), more.pop(s.name, None)
-                say(f"  not for {s.name}: {reason}")
-        if not curves:
-            return
-        table, notes = tabulate(curves), [", ".join(who for who in notes if notes[who] == note) + f": {note}" for note in dict.fromkeys(notes.values()) if note]
-        say("\n".join(table + notes))
-        result = dict(about=self.about, notes=notes, table=table, curves=curves, more=more if draw is not draw_pictures else None)
-        data.write_file(os.path.join(self.out, name + ".json"), json.dumps(result).encode())
-        if Figure:
-            figure, picture = Figure(layout="constrained", dpi=120), io.BytesIO()
-            draw(figure, curves, more)
-            figure.savefig(picture, format="png")
-            data.write_file(os.path.join(self.out, name + ".png"), picture.getvalue())
-
-    def write_index(self):
-        """index.html: all results in the folder that belong together."""
-        page = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>nanoA2MIM</title><style>body{font:16px/1.5 sans-serif;max-width:60em;'
-                'margin:2em auto}img{max-width:100%}pre{overflow-x:auto;font-size:12px}</style>'
-                f"<h1>{html.escape(', '.join(s.name for s in self.subjects))}</h1><p>{self.images} held-out images of {html.escape(self.data)}, "
-                f"seed {self.args.seed}. ± is a standard error over images."]
-        for name, found in self.results().items():
-            page.append(f"<h2>{name}</h2><p>{ANALYSES[name][0].__doc__}")
-            if os.path.exists(path := os.path.join(self.out, name + ".png")):
-                with open(path, "rb") as file:
-                    page.append(f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(file.read()).decode()}">')
-            page.append("<pre>" + html.escape("\n".join(found["table"] + found["notes"])) + "</pre>")
-        data.write_file(os.path.join(self.out, "index.html"), "\n".join(page).encode())
-
-
-# ------------------------------------------------------------------------------------------------ numbers, tables, figures
-
-def average(samples):
-    """(mean, standard error) over images, the first axis."""
-    return samples.double().mean(0).tolist(), (samples.double().std(0) / len(samples) ** 0.5).tolist()
-
-
-def jackknife(samples, statistic):
-    """(statistic of the samples' sum, its standard error by leaving out one after the other)."""
-    samples, n = samples.double(), len(samples)
-    without = torch.stack([statistic(samples.sum(0) - sample) for sample in samples])
-    return statistic(samples.sum(0)).tolist(), (without.var(0, correction=0) * (n - 1)).sqrt().tolist()
-
-
-def tabulate(curves):
-    lines = []
-    for quantity, each in curves.items():
-        rows, shown = [], None
-        for name, (places, means, errors, *_) in each.items():
-            digits = max(0, min(3, 2 - math.floor(math.log10(max(map(abs, means)) or 1))))
-            rows += [[quantity, *map(str, places)]] * (places != shown) + [[name, *(f"{m:.{digits}f} ± {e:.{digits}f}" for m, e in zip(means, errors))]]
-            shown = places
-        widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return lines
-
-
-def draw_curves(figure, curves, more):
-    """A panel a quantity, a line a checkpoint; places with names, the layers, over their share of the depth."""
-    figure.set_size_inches(1.5 + 4.5 * len(curves), 4.6)
-    for ax, (quantity, each) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        for i, (name, (places, means, errors, *heads)) in enumerate(each.items()):
-            x = np.linspace(0, 1, len(places)) if isinstance(places[0], str) else places
-            ax.errorbar(x, means, errors, marker=".", capsize=2, color=f"C{i}", label=name)
-            for dots in heads:
-                ax.plot(np.repeat(x, len(dots[0])), np.ravel(dots), "o", ms=4, color=f"C{i}", alpha=0.5)
-        title, _, where = quantity.rpartition(" by ")
-        ax.set(title=title.strip(","), xlabel=where)
-        if isinstance(places[0], (str, int)) and all(other == places for other, *_ in each.values()):
-            ax.set_xticks(x, places)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-
-
-def draw_pictures(figure, curves, more):
-    rows = [(f"{name}\n{label}" if label == "masked" else label, row) for i, (name, (rows,)) in enumerate(more.items()) for label, row in rows[bool(i):]]
-    figure.set_size_inches(9, 1.15 * len(rows))
-    for ax, (label, row) in zip(figure.subplots(len(rows)), rows):
-        ax.imshow(data.denormalize(row).permute(2, 0, 3, 1).flatten(1, 2))
-        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
-        ax.set(xticks=[], yticks=[])
-
-
-def draw_map(figure, curves, more):
-    ends, names = next(iter(more.values()))[0]["ends"], list(more)
-    figure.set_size_inches(3.5 + 2 * len(names), 2.5 + 2 * len(names))
-    ax, middles = figure.subplots(), np.add(ends[1:], ends[:-1]) / 2 - 0.5
-    image = ax.imshow(np.concatenate([each["matrix"] for each, in more.values()]), vmin=0, vmax=1, origin="lower", cmap="magma")
-    figure.colorbar(image, ax=ax, shrink=0.8, label="CKA")
-    for line, end in itertools.product((ax.axhline, ax.axvline), ends[1:-1]):
-        line(end - 0.5, color="w")
-    ax.set_xticks(middles, names, fontsize=7)
-    ax.set_yticks(middles, names, fontsize=7, rotation=90, va="center")
-
-
-ANALYSES = {
+ANALYSES = {  # name: (analysis, how to draw it)
     "reconstruct": (reconstruct, draw_pictures), "interaction": (interaction, draw_curves), "occlusion": (occlusion, draw_curves),
     "fourier": (fourier, draw_curves), "attention": (attention, draw_curves), "cka": (cka, draw_map), "layers": (layers, draw_curves)}
 
@@ -540,19 +320,16 @@ def main(argv=None):
     args = parse(argv)
 
     def work():
-        study = Study(args)
-        say(f"{study.images} held-out images of {study.data}{'' if args.data else ' (no --data given)'}, on {study.device}: "
-            + ", ".join(f"{s.name} ({s.arch}, {s.size} px)" for s in study.subjects)
-            + ("" if Figure else "; no figures, only numbers: pip install matplotlib for them"))
+        study = Study(args, ANALYSES)
         for name in args.only:
             study.perform(name)
             study.write_index()
-        say(f"\nLook at {os.path.join(study.out, 'index.html')}")
+        harness.say(f"\nLook at {study.out}/index.html")
 
     try:
         harness.together(work)                                              # errors in one line
     except KeyboardInterrupt:
-        say("interrupted; what is finished is kept")
+        harness.say("interrupted; what is finished is kept")
         sys.exit(130)
 
 

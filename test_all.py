@@ -41,6 +41,7 @@ import harness
 import losses
 import masking
 import model as models
+import study
 import train
 import weights
 
@@ -3175,7 +3176,7 @@ def test_all_analyses_of_all_kinds(studied, tmp_path, capsys):
             assert len(each) == subjects or "whole images" in quantity      # which needs an accuracy well above 0
             for places, means, errors, *_ in each.values():
                 assert len(places) == len(means) == len(errors) and np.isfinite(means + errors).all()
-    if analyze.Figure:
+    if study.Figure:
         assert all((out / f"{name}.png").stat().st_size > 5000 for name in names) and page.count("data:image/png;base64,") == 7
     more = analysis(out, "cka")["more"]
     whole, ends = np.concatenate([each["matrix"] for each, in more.values()]), more["vit"][0]["ends"]
@@ -3185,8 +3186,10 @@ def test_all_analyses_of_all_kinds(studied, tmp_path, capsys):
     assert {name: (out / f"{name}.json").read_bytes() for name in names} == before     # the same again, bit for bit
 
 
-def test_analyses_of_other_projects_models(studied, tmp_path, capsys):
+def test_analyses_of_other_projects_models(studied, tmp_path, monkeypatch, capsys):
     tmp, paths = studied
+    monkeypatch.setattr(analyze, "ORDERS", [0, .5, 1])                      # these models are large
+    monkeypatch.setattr(analyze, "SHARES", [0, .5])
     analyze.main([paths["timm"], paths["torchvision"], paths["plain"], "--data", str(tmp / "images"), "--images", "8", "--probe-images", "8", "--pairs", "1",
                   "--contexts", "1", "--workers", "0", "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
@@ -3392,7 +3395,7 @@ def test_bad_analyses_are_one_line(studied, tmp_path, capsys):
 
 def test_analysis_without_matplotlib_or_labels(studied, tmp_path, monkeypatch, capsys):
     tmp, paths = studied
-    monkeypatch.setattr(analyze, "Figure", None)
+    monkeypatch.setattr(study, "Figure", None)
     write_images(tmp_path / "flat", [f"{i}.png" for i in range(40)])
     analyze.main([paths["vit"], paths["vit_nano"], "--data", str(tmp_path / "flat"), "--images", "8", "--workers", "0", "--pairs", "1", "--contexts", "1", "--out",
                   str(tmp_path / "out")])
