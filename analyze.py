@@ -97,7 +97,8 @@ def interactions(value, players, pairs, sizes, most, rng):
 def interaction(study, s):
     """What two neighbouring patches do for a class together and not apart, while m others are visible; each model's mean is 1. On the left the
     two are almost alone, on the right the image is nearly whole. A²MIM's plots of interaction strength: masked image modeling strengthens
-    the middle orders. Contexts are drawn (but at both ends), and the fewer, the larger the mean of their noise's absolute value there."""
+    the middle orders. Between the ends contexts are samples, whose noise adds to |I|, the more the fewer they are: compare models at the
+    same number of contexts only."""
     if not s.logits:
         raise NotFor("it has no classifier; finetune.py gives it one")
     players = s.grid ** 2
@@ -122,7 +123,8 @@ def interaction(study, s):
     found, passes = study.collect(s, strengths, passes=play(lambda coalitions: np.zeros(len(coalitions)), 0)[1])
     note = (f"{passes[:, 0].sum():,} forward passes where four a context would be {passes[:, 1].sum():,}; {study.args.pairs} pairs, "
             f"{study.args.contexts} contexts; for the {'true' if s.known else 'predicted'} class")
-    return {"interaction strength J by order m / (n² − 2)": (ORDERS, *jackknife(found, lambda strength: strength / strength.mean().clamp(min=1e-300)))}, note
+    J = jackknife(found, lambda strength: strength / strength.mean().clamp(min=1e-300))        # J⁽ᵐ⁾ = mean |I⁽ᵐ⁾| / its mean over orders
+    return {"interaction strength J by order m / (n² − 2)": (ORDERS, *J)}, note
 
 
 # ------------------------------------------------------------------------------------------------ A²MIM: occlusion and Fourier
@@ -153,8 +155,10 @@ def occlude(image, share, grid, generators):
 
 def accuracy(study, s, guesses, passes=1):
     """Whether each guess, of guesses(images, position of the first) -> some (B, K), has the label first: (images, guesses), 0 or 100."""
-    return study.collect(s, lambda image, label, first: [100.0 * torch.stack([(guess.argmax(1) == label).double() for guess in guesses(image, first)], 1)],
-                         passes=passes, labelled=True)[0]
+    def right(image, label, first):
+        return 100.0 * torch.stack([guess.argmax(1) == label for guess in guesses(image, first)], 1),
+
+    return study.collect(s, right, passes=passes, labelled=True)[0]
 
 
 def occlusion(study, s):
@@ -192,9 +196,11 @@ def fourier(study, s):
 
     names = list(maps(s.example))
     found = study.collect(s, lambda image, *_: sum(map(spectrum, maps(image).values()), ()))
-    high, variance = torch.stack([amplitude[:, -1] for amplitude in found[0::2]], 1), torch.stack(found[1::2], 1).clamp(min=1e-12).log10()
-    return {"Δ log amplitude at the highest frequency by layer": (names, *average(high)), "log10 of the variance over positions by layer": (
-        names, *average(variance))}, "1a: after the attention of block 1" * vit, {name: average(amplitude)[0] for name, amplitude in zip(names, found[0::2])}
+    amplitudes, variances = found[0::2], torch.stack(found[1::2], 1)
+    curves = {"Δ log amplitude at the highest frequency by layer": (names, *average(torch.stack([a[:, -1] for a in amplitudes], 1))),
+              "log10 of the variance over positions by layer": (names, *average(variances.clamp(min=1e-12).log10()))}
+    whole = {name: average(amplitude)[0] for name, amplitude in zip(names, amplitudes)}        # of each layer, all of the half diagonal
+    return curves, "1a: after the attention of block 1" * vit, whole
 
 
 # ------------------------------------------------------------------------------------------------ Dark Secrets: attention
@@ -225,11 +231,12 @@ def attention(study, s):
             z = block(z)
         return [torch.stack(parts, 1) for parts in zip(*found)]             # (B, blocks, heads), the last (B, blocks, 1)
 
-    found = study.collect(s, measures)
-    uniform = attention_measures(torch.zeros(1, 1, s.grid ** 2, s.grid ** 2).log_softmax(-1), s.size / s.grid)
-    return {quantity: (list(range(1, values.shape[1] + 1)), *average(values.mean(2)), *[average(values)[0]] * (values.shape[2] > 1))
-            for quantity, values in zip(("attention distance, px, by block", "entropy, nats, by block", "KL divergence between heads, nats, by block"), found)}, \
-        f"patches only, the class token is left out; were attention uniform, distance would be {uniform[0].item():.1f} and entropy {uniform[1].item():.2f}"
+    curves = {}
+    for quantity, values in zip(("attention distance, px", "entropy, nats", "KL divergence between heads, nats"), study.collect(s, measures)):
+        blocks, heads = list(range(1, values.shape[1] + 1)), [average(values)[0]] if values.shape[2] > 1 else []
+        curves[f"{quantity}, by block"] = blocks, *average(values.mean(2)), *heads
+    far, even, _ = attention_measures(torch.zeros(1, 1, s.grid ** 2, s.grid ** 2).log_softmax(-1), s.size / s.grid)
+    return curves, f"patches only, without the class token; uniform attention would have distance {far.item():.1f} and entropy {even.item():.2f}"
 
 
 # ------------------------------------------------------------------------------------------------ Dark Secrets: CKA, dropping layers
@@ -270,18 +277,25 @@ def cka(study, s):
     def means(hsic):                                                        # with each model; a layer with itself does not count
         return torch.stack([part.nanmean() for part in cka_of(hsic).fill_diagonal_(math.nan)[mine].split(np.diff(ends).tolist(), 1)])
 
-    return {"mean CKA of its layers with those of": ([other.name for other in study.subjects], *jackknife(sums, means))}, \
-        f"all pairs of different layers; minibatches of {batch} images, ± over {len(sums)} groups of them", dict(matrix=cka_of(sums.sum(0))[mine].tolist(), ends=ends)
+    curve = [other.name for other in study.subjects], *jackknife(sums, means)
+    note = f"all pairs of different layers; minibatches of {batch} images, ± over {len(sums)} groups of them"
+    return {"mean CKA of its layers with those of": curve}, note, dict(matrix=cka_of(sums.sum(0))[mine].tolist(), ends=ends)
 
 
 def layers(study, s):
     """What a linear classifier gets from the features of the first blocks: where in the model is what tells classes apart? After Dark Secrets'
     experiment of dropping the last layers, with a probe in place of fine-tuning."""
     probes, own = fit_probes(study, s), [s.logits] if s.known else []
-    mean, error = average(accuracy(study, s, lambda image, _: [probe(z) for probe, z in zip(probes, pooled(s, image))] + [f(image) for f in own]))
+
+    def guesses(image, _):
+        return [probe(z) for probe, z in zip(probes, pooled(s, image))] + [logits(image) for logits in own]
+
+    (*means, last), (*errors, error) = average(accuracy(study, s, guesses))
     names = [name for name, _ in s.encoder.walk(s.example)]
-    return {"top-1 of a linear probe, %, by layer": (names, mean[:len(names)], error[:len(names)])}, \
-        f"fitted on {study.probe_images:,} images" + f"; its classifier, on all blocks: {mean[-1]:.1f} ± {error[-1]:.1f}" * bool(own)
+    note = f"fitted on {study.probe_images:,} images"
+    if own:
+        return {"top-1 of a linear probe, %, by layer": (names, means, errors)}, f"{note}; its classifier, on all blocks: {last:.1f} ± {error:.1f}"
+    return {"top-1 of a linear probe, %, by layer": (names, [*means, last], [*errors, error])}, note
 
 
 ANALYSES = {  # name: (analysis, how to draw it)

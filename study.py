@@ -109,7 +109,8 @@ class Study:
         for name in self.analyses:
             with contextlib.suppress(OSError, ValueError, RecursionError), open(os.path.join(self.out, name + ".json")) as file:
                 found[name] = json.load(file)
-        return {name: each for name, each in found.items() if isinstance(each, dict) and each.get("about") == self.about}
+        return {name: each for name, each in found.items()
+                if isinstance(each, dict) and {"table", "notes"} <= each.keys() and each.get("about") == self.about}
 
     def batches(self, s, split="val", labelled=False, passes=1, batch=None):
         """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects."""
@@ -151,7 +152,8 @@ class Study:
                 say(f"  not for {s.name}: {reason}")
         if not curves:
             return
-        table, notes = tabulate(curves), [", ".join(who for who in notes if notes[who] == note) + f": {note}" for note in dict.fromkeys(notes.values()) if note]
+        notes = [", ".join(who for who in notes if notes[who] == note) + f": {note}" for note in dict.fromkeys(notes.values()) if note]
+        table = tabulate(curves)
         say("\n".join(table + notes))
         result = dict(about=self.about, notes=notes, table=table, curves=curves, more=more if draw is not draw_pictures else None)
         data.write_file(os.path.join(self.out, name + ".json"), json.dumps(result).encode())
@@ -196,7 +198,9 @@ def tabulate(curves):
         rows, shown = [], None
         for name, (places, means, errors, *_) in each.items():
             digits = max(0, min(3, 2 - math.floor(math.log10(max(map(abs, means)) or 1))))
-            rows += [[quantity, *map(str, places)]] * (places != shown) + [[name, *(f"{m:.{digits}f} ± {e:.{digits}f}" for m, e in zip(means, errors))]]
+            if places != shown:
+                rows.append([quantity, *map(str, places)])
+            rows.append([name, *(f"{mean:.{digits}f} ± {error:.{digits}f}" for mean, error in zip(means, errors))])
             shown = places
         widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -220,7 +224,8 @@ def draw_curves(figure, curves, more):
 
 
 def draw_pictures(figure, curves, more):
-    rows = [(f"{name}\n{label}" if label == "masked" else label, row) for i, (name, (rows,)) in enumerate(more.items()) for label, row in rows[bool(i):]]
+    rows = [(f"{name}\n{label}" if label == "masked" else label, row)
+            for i, (name, (rows,)) in enumerate(more.items()) for label, row in rows[bool(i):]]         # the images once
     figure.set_size_inches(9, 1.15 * len(rows))
     for ax, (label, row) in zip(figure.subplots(len(rows)), rows):
         ax.imshow(data.denormalize(row).permute(2, 0, 3, 1).flatten(1, 2))
