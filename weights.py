@@ -366,7 +366,7 @@ def show(path):
     state = read(path)
     kind, items = unpack(state, path)
     print(f"{path}: {kind}, {sum(value.numel() for _, _, value in items) / 1e6:.1f} M numbers in {len(items)} tensors")
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, IndexError, RuntimeError):         # of odd shapes
         print("encoder: " + recognise({new: value for _, new, value in items})[0])
     for key, value in state.items():
         if isinstance(value, (int, float, str)):
