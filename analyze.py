@@ -49,7 +49,8 @@ def reconstruct(study, s):
         return torch.stack([((guess - image).abs() * M).sum((1, 2, 3)) / (3 * M.sum((1, 2, 3))) for guess in guesses], 1),
 
     errors, = study.collect(s, measure)
-    return {"|error| of masked pixels": (["reconstruction", "mean colour"], *average(errors))}, "in the data set's standard deviations", pictures
+    return {"|error| of masked pixels": (["reconstruction", "mean colour"], *average(errors))}, \
+        f"in the data set's standard deviations; {s.mask_ratio:.0%} masked, in blocks of {s.size // s.mask_grid} px", pictures
 
 
 # ------------------------------------------------------------------------------------------------ A²MIM: interactions
@@ -96,7 +97,7 @@ def interactions(value, players, pairs, sizes, most, rng):
 
 def interaction(study, s):
     """What two neighbouring patches do for a class together and not apart, while m others are visible; each model's mean is 1. On the left the
-    two are almost alone, on the right the image is nearly whole. A²MIM's plots of interaction strength: masked image modeling strengthens
+    two are almost alone, on the right the image is nearly whole. A²MIM's plots of interaction strength find that masked image modeling strengthens
     the middle orders. Between the ends contexts are samples, whose noise adds to |I|, the more the fewer they are: compare models at the
     same number of contexts only."""
     if not s.logits:
@@ -104,7 +105,7 @@ def interaction(study, s):
     players = s.grid ** 2
 
     def play(value, index):                                                 # the same game for all subjects
-        rng = np.random.default_rng((abs(study.args.seed), index))
+        rng = np.random.default_rng((study.args.seed % 2 ** 63, index))
         sizes = [int((players - 2) * r) for r in ORDERS]
         return interactions(value, players, draw_pairs(s.grid, study.args.pairs, rng), sizes, study.args.contexts, rng)
 
@@ -162,8 +163,8 @@ def accuracy(study, s, guesses, passes=1):
 
 
 def occlusion(study, s):
-    """Top-1 while more and more patches are dropped. A²MIM's plots of robustness against occlusion: after masked image modeling it falls
-    later. Compare the right panel where models differ on whole images."""
+    """Top-1 while more and more patches are dropped. A²MIM's plots of robustness against occlusion find that after masked image modeling it
+    falls later. Compare the right panel where models differ on whole images."""
     probe = None if s.known else fit_probes(study, s)[-1]
 
     def guesses(image, first):
@@ -188,7 +189,8 @@ def spectrum(z):
 
 def fourier(study, s):
     """How much of each feature map is high frequency, and how much it varies from place to place, from the stem to the last block. A²MIM's
-    Fourier analysis, after Park and Kim: attention lowers high frequencies and variance, convolutions and MLPs raise them."""
+    Fourier analysis, after Park and Kim, who find that attention lowers high frequencies and variance, and convolutions and MLPs raise them.
+    (fourier.json has the whole half diagonal of each layer.)"""
     vit = isinstance(s.encoder, models.ViT)
 
     def maps(image):                                                        # where there is something to see
@@ -218,8 +220,8 @@ def attention_measures(log_p, patch):
 
 def attention(study, s):
     """How far heads look (a dot a head, the line their mean), how spread their attention is, and how much heads of a block differ. Dark Secrets'
-    plots of these: masked image modeling keeps near and far heads in all blocks, and keeps them different; in the last blocks of a
-    supervised model all look far and alike."""
+    plots of these find that masked image modeling keeps near and far heads in all blocks, and keeps them different, while in the last blocks
+    of a supervised model all look far and alike."""
     if not isinstance(s.encoder, models.ViT):
         raise NotFor(f"a {s.arch} has no attention")
 
@@ -261,7 +263,7 @@ def hsic_of(study):
     """HSIC of all layers of all subjects, (groups, L, L), each a sum over a tenth of the minibatches (memory does not grow with the
     images); where each subject's layers end; images in a minibatch."""
     sums, batch = {}, max(4, min(*(s.batch for s in study.subjects), study.images // 10))
-    for i, parts in enumerate(zip(*(study.batches(s, batch=batch) for s in study.subjects))):
+    for i, parts in enumerate(zip(*(study.batches(s, batch=batch, bar=s is study.subjects[0]) for s in study.subjects))):
         if (n := len(parts[0][0])) == batch:                                # what is left over would weigh too much
             grams = torch.stack([centred_gram(z) for s, part in zip(study.subjects, parts) for _, z in s.encoder.walk(part[0])])
             sums[i % 10] = sums.get(i % 10, 0) + (grams @ grams.T).cpu() / (n * (n - 3))
@@ -270,7 +272,7 @@ def hsic_of(study):
 
 def cka(study, s):
     """How alike two layers represent images (1: up to rotation and scale), from the stem, bottom left, to the last block. Dark Secrets' similarity
-    maps: layers of a masked image model are alike, those of a supervised one drift."""
+    maps find the layers of a masked image model alike, while those of a supervised one drift."""
     sums, ends, batch = hsic_of(study)
     mine = slice(*ends[(at := study.subjects.index(s)):at + 2])
 
@@ -290,12 +292,10 @@ def layers(study, s):
     def guesses(image, _):
         return [probe(z) for probe, z in zip(probes, pooled(s, image))] + [logits(image) for logits in own]
 
-    (*means, last), (*errors, error) = average(accuracy(study, s, guesses))
+    means, errors = average(accuracy(study, s, guesses))
     names = [name for name, _ in s.encoder.walk(s.example)]
-    note = f"fitted on {study.probe_images:,} images"
-    if own:
-        return {"top-1 of a linear probe, %, by layer": (names, means, errors)}, f"{note}; its classifier, on all blocks: {last:.1f} ± {error:.1f}"
-    return {"top-1 of a linear probe, %, by layer": (names, [*means, last], [*errors, error])}, note
+    curve, note = (names, means[:len(names)], errors[:len(names)]), f"fitted on {study.probe_images:,} images"
+    return {"top-1 of a linear probe, %, by layer": curve}, note + f"; its classifier, on all blocks: {means[-1]:.1f} ± {errors[-1]:.1f}" * bool(own)
 
 
 ANALYSES = {  # name: (analysis, how to draw it)
@@ -308,7 +308,7 @@ ANALYSES = {  # name: (analysis, how to draw it)
 def chosen(text):
     if odd := set(text.split(",")) - set(ANALYSES):
         raise argparse.ArgumentTypeError(f"no analysis {min(odd)!r}: choose from {', '.join(ANALYSES)}")
-    return text.split(",")
+    return list(dict.fromkeys(text.split(",")))
 
 
 def parse(argv):
@@ -320,7 +320,7 @@ def parse(argv):
     option("--only", type=chosen, default=list(ANALYSES), metavar="NAME[,NAME …]", help=f"of {', '.join(ANALYSES)} (all)")
     option("--data", help="as for train.py; its held-out images are used (the first checkpoint's, or the built-in ones)")
     option("--images", type=number(int, 8), default=64, help="how many of them, drawn by --seed (64)")
-    option("--probe-images", type=number(int, 4), default=2000, help="labelled training images for a probe (2000)")
+    option("--probe-images", type=number(int, 8), default=2000, help="labelled training images for a probe (2000)")
     option("--pairs", type=count, default=10, help="interaction: pairs of patches an image; the authors' is 50 (10)")
     option("--contexts", type=count, default=10, help="interaction: contexts a pair and order; the authors' is 50 (10)")
     option("--seed", type=int, default=0, help="of images, masks, dropped patches and games (0)")
@@ -331,6 +331,8 @@ def parse(argv):
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):                                 # a terminal may know no ± or ²
+        getattr(stream, "reconfigure", dict)(errors="replace")
     args = parse(argv)
 
     def work():

@@ -1,7 +1,7 @@
 """Checkpoints side by side: opened, shown the same images, and what came of it as numbers, tables and figures. analyze.py asks.
 
 An analysis is a function of a Study and one of its Subjects. It returns curves, {quantity: (places, means, standard errors, and
-perhaps the means of each head)}, a note, and what else its figure needs; or it raises NotFor. A quantity is called "what by where".
+perhaps the means of each head)}, a note and, if its figure needs more, that; or it raises NotFor. A quantity is called "what by where".
 Its docstring says how to read it, on index.html too.
 """
 import base64
@@ -42,7 +42,8 @@ class NotFor(Exception):
 
 class Subject:
     """A checkpoint under study: `encoder`; `mim`, the A2MIM around it, None if the file lacks its decoder or token; `logits`, images
-    (B, 3, S, S) -> (B, K), None without a classifier; `grid`, patches a side; `batch`, images at once. Raises ValueError."""
+    (B, 3, S, S) -> (B, K), None without a classifier, `known` if it is for the classes of the images; `grid`, patches a side; `batch`,
+    images at once; `rate`, images a second; `example`, some noise (4, 3, S, S). Raises ValueError."""
 
     def __init__(self, path, name, device):
         model, about = weights.open_model(path)
@@ -81,7 +82,8 @@ class Study:
     def __init__(self, args, analyses):
         self.args, self.analyses, self.device = args, analyses, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         names = [re.sub(r"[^\w ().,=+-]|^_", "-", finetune.name_of(path)) for path in args.checkpoints]      # as figures can show them
-        names = [name + f" ({i})" * (names.count(name) > 1) for i, name in enumerate(names, 1)]
+        if len(set(names)) < len(names):
+            names = [f"{i} {name}" for i, name in enumerate(names, 1)]
         self.subjects = [Subject(path, name, self.device) for path, name in zip(args.checkpoints, names)]
         self.data = args.data or self.subjects[0].data or "shapes"
         self.sources = {split: data.open_source(self.data, split, max(s.size for s in self.subjects)) for split in ("train", "val")}
@@ -89,12 +91,17 @@ class Study:
         for s in self.subjects:                                             # is its classifier for these classes?
             s.known = bool(s.logits) and s.logits.head.out_features == len(self.classes) and s.classes in (None, self.classes)
         self.probe_images = min(args.probe_images, np.count_nonzero(self.sources["train"].labels >= 0))
+        if args.pairs * args.contexts > 100_000:
+            raise ValueError(f"--pairs {args.pairs} × --contexts {args.contexts} is more than memory may hold: 100,000 at most")
         if self.images < 8:
             raise ValueError(f"{self.data} holds out {self.images} images only: the analyses need 8 or more")
-        self.about = dict(checkpoints=dict(zip(names, map(digest, args.checkpoints))), data=self.data, images=self.images, seed=args.seed)
+        self.about = dict(checkpoints=dict(zip(names, map(digest, args.checkpoints))), data=self.data, images=self.images,
+                          of={split: len(source) for split, source in self.sources.items()}, seed=args.seed)
         self.out = args.out or os.path.join("runs", "analysis-" + "-".join(names)[:150])
         files = [os.path.join(self.out, name) for name in ("index.html", *(name + end for name in analyses for end in (".json", ".png")))]
-        if any(map(os.path.exists, files)) and not self.results() and not args.overwrite:
+        if found := [path for path in files if os.path.isdir(path)]:
+            raise ValueError(f"{found[0]} is a folder: choose another --out")
+        if any(map(os.path.lexists, files)) and not self.results() and not args.overwrite:
             raise ValueError(f"{self.out} holds the analysis of something else: choose another --out, or --overwrite")
         os.makedirs(self.out, exist_ok=True)
         if not os.access(self.out, os.W_OK):
@@ -109,29 +116,32 @@ class Study:
         for name in self.analyses:
             with contextlib.suppress(OSError, ValueError, RecursionError), open(os.path.join(self.out, name + ".json")) as file:
                 found[name] = json.load(file)
-        return {name: each for name, each in found.items()
-                if isinstance(each, dict) and {"table", "notes"} <= each.keys() and each.get("about") == self.about}
+        return {name: each for name, each in found.items() if isinstance(each, dict) and each.get("about") == self.about
+                and all(isinstance(each.get(key), list) and all(isinstance(line, str) for line in each[key]) for key in ("table", "notes"))}
 
-    def batches(self, s, split="val", labelled=False, passes=1, batch=None):
-        """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects."""
+    def batches(self, s, split="val", labelled=False, passes=1, batch=None, bar=True):
+        """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects. passes: forward passes an
+        image, to say beforehand how long it takes. Raises NotFor without (labelled) images."""
         source, most, batch = self.sources[split], self.images if split == "val" else self.probe_images, batch or s.batch
         if labelled:
             source = torch.utils.data.Subset(source, np.flatnonzero(source.labels >= 0))
-        if len(source) < 8 or labelled and len(self.classes) < 2:
-            raise NotFor(f"the images of {self.data} have no labels")
+        if len(source) < 8:
+            raise NotFor(f"only {len(source)} images of {self.data} for {split} have a label, 8 are needed")
+        if labelled and len(self.classes) < 2:
+            raise NotFor(f"the images of {self.data} are of one class")
         chosen = torch.randperm(len(source), generator=data.generator(self.args.seed, split))[:most].tolist()
         views = data.Views(source, functools.partial(finetune.test_view, config=dict(test_resize=s.resize, test_crop=s.size)), self.args.seed)
         batches = [[(0, i, chosen[i]) for i in range(at, min(at + batch, len(chosen)))] for at in range(0, len(chosen), batch)]
-        say(f"  {s.name}: {passes * len(chosen):,} forward passes, about {datetime.timedelta(seconds=round(passes * len(chosen) / s.rate))}")
+        say(f"  {s.name}: {passes * len(chosen):,} forward passes, about {datetime.timedelta(seconds=math.ceil(passes * len(chosen) / s.rate))}")
         loader, first = data.loader(views, batches, train.loader_workers(self.args), self.device.type == "cuda"), 0
-        for (image, label), problems in data.progress(loader, len(chosen), s.name, lambda batch: len(batch[0][0])):
+        for (image, label), problems in data.progress(loader, len(chosen), s.name, lambda batch: len(batch[0][0])) if bar else loader:
             for line in problems:
                 say(f"  replaced by another: {line}")
             yield data.normalize(image.to(self.device)), label.to(self.device), first
             first += len(image)
 
     def collect(self, s, function, **options):
-        """function(images, labels, position of the first) -> some (B, …), of all images."""
+        """function(images, labels, position of the first) -> some (B, …): each of all images, (images, …), on the CPU."""
         found = [[part.cpu() for part in function(*batch)] for batch in self.batches(s, **options)]
         return [torch.cat(parts) for parts in zip(*found)]
 
@@ -142,26 +152,29 @@ class Study:
         for s in self.subjects:
             try:
                 with torch.no_grad():
-                    found, notes[s.name], *more[s.name] = analysis(self, s)
+                    found, note, *rest = analysis(self, s)
                 if not all(np.isfinite(means).all() for _, means, *_ in found.values()):
                     raise NotFor("its numbers are not finite")
+                notes[s.name], more[s.name] = note, rest[0] if rest else None
                 for quantity, curve in found.items():
                     curves.setdefault(quantity, {})[s.name] = curve
             except NotFor as reason:
-                notes.pop(s.name, None), more.pop(s.name, None)
                 say(f"  not for {s.name}: {reason}")
         if not curves:
             return
         notes = [", ".join(who for who in notes if notes[who] == note) + f": {note}" for note in dict.fromkeys(notes.values()) if note]
-        table = tabulate(curves)
-        say("\n".join(table + notes))
-        result = dict(about=self.about, notes=notes, table=table, curves=curves, more=more if draw is not draw_pictures else None)
-        data.write_file(os.path.join(self.out, name + ".json"), json.dumps(result).encode())
+        result = dict(about=self.about, notes=notes, table=tabulate(curves), curves=curves, more=None if draw is draw_pictures else more)
+        files = {name + ".json": json.dumps(result).encode()}
         if Figure:
             figure, picture = Figure(layout="constrained", dpi=120), io.BytesIO()
             draw(figure, curves, more)
             figure.savefig(picture, format="png")
-            data.write_file(os.path.join(self.out, name + ".png"), picture.getvalue())
+            files[name + ".png"] = picture.getvalue()
+        with contextlib.suppress(FileNotFoundError):                        # an older figure would belong to other numbers
+            os.remove(os.path.join(self.out, name + ".png"))
+        for file, content in files.items():
+            data.write_file(os.path.join(self.out, file), content)
+        say("\n".join(result["table"] + notes))
 
     def write_index(self):
         """index.html: all results in the folder that belong together."""
@@ -193,11 +206,12 @@ def jackknife(samples, statistic):
 
 
 def tabulate(curves):
+    """Lines of text: for each quantity a row of places and one of "mean ± standard error" for each checkpoint."""
     lines = []
     for quantity, each in curves.items():
-        rows, shown = [], None
+        rows, shown, usual = [], None, np.median([error for _, _, errors, *_ in each.values() for error in errors])
+        digits = max(0, min(3, 1 - math.floor(math.log10(usual or 1))))     # two of the error
         for name, (places, means, errors, *_) in each.items():
-            digits = max(0, min(3, 2 - math.floor(math.log10(max(map(abs, means)) or 1))))
             if places != shown:
                 rows.append([quantity, *map(str, places)])
             rows.append([name, *(f"{mean:.{digits}f} ± {error:.{digits}f}" for mean, error in zip(means, errors))])
@@ -218,14 +232,17 @@ def draw_curves(figure, curves, more):
                 ax.plot(np.repeat(x, len(dots[0])), np.ravel(dots), "o", ms=4, color=f"C{i}", alpha=0.5)
         title, _, where = quantity.rpartition(" by ")
         ax.set(title=title.strip(","), xlabel=where)
-        if not any(isinstance(place, float) for place in places) and all(other == places for other, *_ in each.values()):
+        if isinstance(places[0], str) and any(other != places for other, *_ in each.values()):
+            ax.set_xlabel("depth, from the stem to the last block")
+        elif not any(isinstance(place, float) for place in places):
             ax.set_xticks(x, places)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def draw_pictures(figure, curves, more):
+    """more: {checkpoint: [(label, normalised images (B, 3, S, S))]}, a row each, beginning with the images themselves."""
     rows = [(f"{name}\n{label}" if label == "masked" else label, row)
-            for i, (name, (rows,)) in enumerate(more.items()) for label, row in rows[bool(i):]]         # the images once
+            for i, (name, rows) in enumerate(more.items()) for label, row in rows[bool(i):]]            # the images once
     figure.set_size_inches(9, 1.15 * len(rows))
     for ax, (label, row) in zip(figure.subplots(len(rows)), rows):
         ax.imshow(data.denormalize(row).permute(2, 0, 3, 1).flatten(1, 2))
@@ -234,10 +251,11 @@ def draw_pictures(figure, curves, more):
 
 
 def draw_map(figure, curves, more):
-    ends, names = next(iter(more.values()))[0]["ends"], list(more)
+    """more: {checkpoint: its rows of the matrix of all layers with all, and where each checkpoint's layers end}."""
+    ends, names = next(iter(more.values()))["ends"], list(more)
     figure.set_size_inches(3.5 + 2 * len(names), 2.5 + 2 * len(names))
     ax, middles = figure.subplots(), np.add(ends[1:], ends[:-1]) / 2 - 0.5
-    image = ax.imshow(np.concatenate([each["matrix"] for each, in more.values()]), vmin=0, vmax=1, origin="lower", cmap="magma")
+    image = ax.imshow(np.concatenate([each["matrix"] for each in more.values()]), vmin=0, vmax=1, origin="lower", cmap="magma")
     figure.colorbar(image, ax=ax, shrink=0.8, label="CKA")
     for line, end in itertools.product((ax.axhline, ax.axvline), ends[1:-1]):
         line(end - 0.5, color="w")

@@ -3179,7 +3179,7 @@ def test_all_analyses_of_all_kinds(studied, tmp_path, capsys):
     if study.Figure:
         assert all((out / f"{name}.png").stat().st_size > 5000 for name in names) and page.count("data:image/png;base64,") == 7
     more = analysis(out, "cka")["more"]
-    whole, ends = np.concatenate([each["matrix"] for each, in more.values()]), more["vit"][0]["ends"]
+    whole, ends = np.concatenate([each["matrix"] for each in more.values()]), more["vit"]["ends"]
     assert whole.shape == (25, 25) and np.allclose(np.diag(whole), 1) and np.allclose(whole, whole.T) and ends == [0, 5, 10, 15, 20, 25]
     before = {name: (out / f"{name}.json").read_bytes() for name in names}
     analyze.main([paths[k] for k in ("vit", "simmim", "resnet", "vit_nano", "resnet_nano")] + common + ["--out", str(out), "--only", "cka,interaction"])
@@ -3286,7 +3286,7 @@ def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
             assert relative(means[number], by_hand.mean()) < 1e-4 and relative(errors[number], by_hand.mean((1, 2)).std() / 14 ** 0.5) < 1e-3
         kl = [(p[:, g] * (p[:, g] / p[:, h]).log()).sum(-1).mean() for g in range(4) for h in range(4) if g != h]
         assert relative(curves["KL divergence between heads, nats, by block"]["toy"][1][number], sum(kl) / 12) < 1e-3
-    (cka,), = analysis(out, "cka")["more"].values()                         # three minibatches of four; two images are left over
+    cka, = analysis(out, "cka")["more"].values()                         # three minibatches of four; two images are left over
     assert np.abs(np.array(cka["matrix"]) - cka_between(*[z[:12] for z in maps], batch=4).numpy()).max() < 1e-4
     (places, top1, _), = analysis(out, "layers")["curves"]["top-1 of a linear probe, %, by layer"].values()
     trained, _, known = features("train", 24)
@@ -3310,7 +3310,7 @@ def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
     assert relative(means, [v.log10().mean() for _, v in spectra]) < 1e-4
 
 
-def test_results_of_another_checkpoint_are_not_mixed(studied, tmp_path, capsys):
+def test_results_of_another_checkpoint_are_not_mixed(studied, tmp_path, monkeypatch, capsys):
     tmp, paths = studied
     shutil.copy(paths["vit"], tmp_path / "last.pt")
     command = [str(tmp_path / "last.pt"), "--data", str(tmp / "images"), "--images", "8", "--workers", "0", "--out", str(tmp_path / "out"), "--only"]
@@ -3324,9 +3324,23 @@ def test_results_of_another_checkpoint_are_not_mixed(studied, tmp_path, capsys):
         analyze.main([*command, "cka"])
     assert done.value.code == 2 and "holds the analysis of something else" in capsys.readouterr().err
     assert (tmp_path / "out" / "index.html").read_text() == page
+    (tmp_path / "out" / "cka.png").write_bytes(b"the other model's figure")
+    monkeypatch.setattr(study, "Figure", None)
     analyze.main([*command, "cka", "--overwrite"])
+    assert not (tmp_path / "out" / "cka.png").exists()
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<h2>cka</h2>" in page and "<h2>fourier</h2>" not in page
+
+
+def test_checkpoints_of_equal_names_all_appear(studied, tmp_path, capsys):
+    tmp, paths = studied
+    for folder, name in (("1", "x"), ("2", "x"), ("1", "2 x")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        shutil.copy(paths["vit"], tmp_path / folder / f"{name}.pt")
+    files = [str(tmp_path / name) for name in ("1/x.pt", "2/x.pt", "1/2 x.pt")]
+    analyze.main([*files, "--data", str(tmp / "images"), "--images", "8", "--workers", "0", "--only", "fourier,fourier", "--out", str(tmp_path / "out")])
+    assert [len(each) for each in analysis(tmp_path / "out", "fourier")["curves"].values()] == [3, 3]
+    assert capsys.readouterr().out.count("\nfourier\n") == 1
 
 
 def test_labelled_images_are_replaced_by_labelled_ones(studied, tmp_path, capsys):
@@ -3358,6 +3372,8 @@ BAD_ANALYSES = [
     ("{vit} --data {tmp}/few", "holds out 1 images only"),
     ("{vit} --data {tmp}/held", "holds out 7 images only"),
     ("{vit} --pairs 0", "0 is not 1 or more"),
+    ("{vit} --pairs 1000 --contexts 1000", "100,000 at most"),
+    ("{vit} --out {tmp}/folder", "cka.png is a folder"),
     ("{vit} --unknown", "unrecognized arguments"),
     ("", "required: CHECKPOINT"),
     ("{vit} --out {tmp}/other", "holds the analysis of something else"),
@@ -3381,6 +3397,7 @@ def test_bad_analyses_are_one_line(studied, tmp_path, capsys):
     for name, file, text in (("other", "fourier.json", '{"about": {"seed": 3}}'), ("page", "index.html", "my own page"), ("strange", "cka.json", "[" * 100000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
+    (tmp_path / "folder" / "cka.png").mkdir(parents=True)
     torch.save({"model": models.build("resnet_nano", 32).state_dict(), "identity": dict(arch="resnet_nano", img_size=999)}, tmp_path / "sizes.pt")
     torch.save(models.build("vit_nano", 32).state_dict() | {"encoder.pos_embed": torch.zeros(5)}, tmp_path / "odd.pt")
     files = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -3401,7 +3418,7 @@ def test_analysis_without_matplotlib_or_labels(studied, tmp_path, monkeypatch, c
                   str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "no figures, only numbers: pip install matplotlib" in text and not list((tmp_path / "out").glob("*.png"))
-    assert text.count(f"the images of {tmp_path}/flat have no labels") == 4 and "for the predicted class" in text
+    assert text.count(f"only 0 images of {tmp_path}/flat for train have a label, 8 are needed") == 4 and "for the predicted class" in text
     assert "<pre>" in (tmp_path / "out" / "index.html").read_text()
 
 
