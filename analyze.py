@@ -264,9 +264,9 @@ def hsic_of(study):
     images); where each subject's layers end; images in a minibatch."""
     sums, batch = {}, max(4, min(*(s.batch for s in study.subjects), study.images // 10))
     for i, parts in enumerate(zip(*(study.batches(s, batch=batch, bar=s is study.subjects[0]) for s in study.subjects))):
-        if (n := len(parts[0][0])) == batch:                                # what is left over would weigh too much
+        if len(parts[0][0]) == batch:                                       # what is left over would weigh too much
             grams = torch.stack([centred_gram(z) for s, part in zip(study.subjects, parts) for _, z in s.encoder.walk(part[0])])
-            sums[i % 10] = sums.get(i % 10, 0) + (grams @ grams.T).cpu() / (n * (n - 3))
+            sums[i % 10] = sums.get(i % 10, 0) + (grams @ grams.T).cpu() / (batch * (batch - 3))
     return torch.stack(list(sums.values())), np.cumsum([0, *(len(list(s.encoder.walk(s.example))) for s in study.subjects)]).tolist(), batch
 
 

@@ -245,7 +245,7 @@ def draw_pictures(figure, curves, more):
             for i, (name, rows) in enumerate(more.items()) for label, row in rows[bool(i):]]            # the images once
     figure.set_size_inches(9, 1.15 * len(rows))
     for ax, (label, row) in zip(figure.subplots(len(rows)), rows):
-        ax.imshow(data.denormalize(row).permute(2, 0, 3, 1).flatten(1, 2))
+        ax.imshow(data.denormalize(row).permute(2, 0, 3, 1).flatten(1, 2).numpy())
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
         ax.set(xticks=[], yticks=[])
 
