@@ -143,8 +143,9 @@ def fit_probe(features, labels, classes, ridge=0.01):
     return lambda features: (features - mean) / deviation @ W + y.mean(0)
 
 
+@functools.cache
 def fit_probes(study, s):
-    """A probe for the stem and each block."""
+    """A probe for the stem and each block; occlusion and layers share them."""
     labels, *columns = study.collect(s, lambda image, label, _: [label, *pooled(s, image)], split="train", labelled=True)
     return [fit_probe(column.to(study.device), labels.to(study.device), len(study.classes)) for column in columns]
 
@@ -174,7 +175,7 @@ def occlusion(study, s):
 
     hits = accuracy(study, s, guesses, len(SHARES))
     curves = {"top-1, %, by share of patches dropped": (SHARES, *average(hits))}
-    if hits[:, 0].mean() > 3 * hits[:, 0].std() / len(hits) ** 0.5:  # three standard errors: there is something to lose
+    if hits[:, 0].mean() > 3 * hits[:, 0].std() / len(hits) ** 0.5:         # three standard errors: there is something to lose
         curves["% of top-1 on whole images by share of patches dropped"] = (SHARES, *jackknife(hits, lambda hits: 100 * hits / hits[0]))
     return curves, "its classifier" if s.known else f"a linear probe of the last features, fitted on {study.probe_images:,} images"
 
@@ -267,7 +268,7 @@ def hsic_of(study):
         if len(parts[0][0]) == batch:                                       # what is left over would weigh too much
             grams = torch.stack([centred_gram(z) for s, part in zip(study.subjects, parts) for _, z in s.encoder.walk(part[0])])
             sums[i % 10] = sums.get(i % 10, 0) + (grams @ grams.T).cpu() / (batch * (batch - 3))
-    return torch.stack(list(sums.values())), np.cumsum([0, *(len(list(s.encoder.walk(s.example))) for s in study.subjects)]).tolist(), batch
+    return torch.stack(list(sums.values())), np.cumsum([0, *(len(s.points) for s in study.subjects)]).tolist(), batch
 
 
 def cka(study, s):
@@ -293,8 +294,7 @@ def layers(study, s):
         return [probe(z) for probe, z in zip(probes, pooled(s, image))] + [logits(image) for logits in own]
 
     means, errors = average(accuracy(study, s, guesses))
-    names = [name for name, _ in s.encoder.walk(s.example)]
-    curve, note = (names, means[:len(names)], errors[:len(names)]), f"fitted on {study.probe_images:,} images"
+    curve, note = (s.points, means[:len(probes)], errors[:len(probes)]), f"fitted on {study.probe_images:,} images"
     return {"top-1 of a linear probe, %, by layer": curve}, note + f"; its classifier, on all blocks: {means[-1]:.1f} ± {errors[-1]:.1f}" * bool(own)
 
 

@@ -43,7 +43,7 @@ class NotFor(Exception):
 class Subject:
     """A checkpoint under study: `encoder`; `mim`, the A2MIM around it, None if the file lacks its decoder or token; `logits`, images
     (B, 3, S, S) -> (B, K), None without a classifier, `known` if it is for the classes of the images; `grid`, patches a side; `batch`,
-    images at once; `rate`, images a second; `example`, some noise (4, 3, S, S). Raises ValueError."""
+    images at once; `rate`, images a second; `points`, names of stem and blocks; `example`, noise (4, 3, S, S). Raises ValueError."""
 
     def __init__(self, path, name, device):
         model, about = weights.open_model(path)
@@ -56,11 +56,13 @@ class Subject:
         self.resize = resize if self.size <= resize <= 4 * self.size else usual
         self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
         block, ratio = run.get("mask_size", 0), run.get("mask_ratio", 0.6)
-        self.mask_grid = self.size // block if block > 0 and self.size % block == 0 else self.size // 32 if self.size >= 128 else 4
+        usual = self.size // 32 if self.size >= 128 and self.size % 32 == 0 else 4 if self.grid % 4 == 0 else self.grid
+        self.mask_grid = self.size // block if block > 0 and self.size % block == 0 else usual
         self.mask_ratio = ratio if 0 < ratio < 1 else 0.6
         self.example = torch.randn(4, 3, self.size, self.size, generator=data.generator(0)).to(device)
         with torch.no_grad():
-            largest = max(z.numel() for _, z in self.encoder.walk(self.example))               # what makes it is some four times as large
+            maps = dict(self.encoder.walk(self.example))
+            self.points, largest = list(maps), max(z.numel() for z in maps.values())           # what makes it is some four times as large
             room = torch.cuda.mem_get_info()[0] / 4 if device.type == "cuda" else 1e9
             self.batch, began = max(4, min(64, int(room / (16 * largest)))), time.time()
             example = self.example[:1].expand(min(16, self.batch), -1, -1, -1)
@@ -81,6 +83,8 @@ class Study:
 
     def __init__(self, args, analyses):
         self.args, self.analyses, self.device = args, analyses, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if args.pairs * args.contexts > 100_000:
+            raise ValueError(f"--pairs {args.pairs} × --contexts {args.contexts} is more than memory may hold: 100,000 at most")
         names = [re.sub(r"[^\w ().,=+-]|^_", "-", finetune.name_of(path)) for path in args.checkpoints]      # as figures can show them
         if len(set(names)) < len(names):
             names = [f"{i} {name}" for i, name in enumerate(names, 1)]
@@ -91,8 +95,6 @@ class Study:
         for s in self.subjects:                                             # is its classifier for these classes?
             s.known = bool(s.logits) and s.logits.head.out_features == len(self.classes) and s.classes in (None, self.classes)
         self.probe_images = min(args.probe_images, np.count_nonzero(self.sources["train"].labels >= 0))
-        if args.pairs * args.contexts > 100_000:
-            raise ValueError(f"--pairs {args.pairs} × --contexts {args.contexts} is more than memory may hold: 100,000 at most")
         if self.images < 8:
             raise ValueError(f"{self.data} holds out {self.images} images only: the analyses need 8 or more")
         self.about = dict(checkpoints=dict(zip(names, map(digest, args.checkpoints))), data=self.data, images=self.images,

@@ -3246,13 +3246,13 @@ def test_occlusion_at_zero_is_plain_evaluation(studied, tmp_path, capsys):
 
 
 def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
-    """Attention, spectra, CKA and probes of a ViT, computed anew from what its blocks take in and give out, as hooks see it."""
+    """Reconstructions, attention, spectra, CKA and probes of a ViT, computed anew, from what its blocks take in and give out."""
     tmp, paths = studied
     folder, out = str(tmp / "images"), tmp_path / "out"
     torch.manual_seed(0)
     a2mim = random_weights(models.build("vit_nano", 24, patch_size=8))
     torch.save({"model": a2mim.state_dict()}, tmp_path / "toy.pt")
-    analyze.main([str(tmp_path / "toy.pt"), "--data", folder, "--images", "14", "--only", "attention,cka,layers", "--workers", "0", "--out", str(out)])
+    analyze.main([str(tmp_path / "toy.pt"), "--data", folder, "--images", "14", "--only", "reconstruct,attention,cka,layers", "--workers", "0", "--out", str(out)])
     vit = a2mim.encoder
 
     def features(split, images):
@@ -3286,6 +3286,15 @@ def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
             assert relative(means[number], by_hand.mean()) < 1e-4 and relative(errors[number], by_hand.mean((1, 2)).std() / 14 ** 0.5) < 1e-3
         kl = [(p[:, g] * (p[:, g] / p[:, h]).log()).sum(-1).mean() for g in range(4) for h in range(4) if g != h]
         assert relative(curves["KL divergence between heads, nats, by block"]["toy"][1][number], sum(kl) / 12) < 1e-3
+    source = data.open_source(folder, "val", 24)
+    order = torch.randperm(24, generator=data.generator(0, "val"))[:14].tolist()
+    x = data.normalize(torch.stack([data.evaluation_crop(source[i][0], 24, 24) for i in order]))
+    mask = masking.random_mask(14, 3, 0.6, [data.generator(0, "mask", i) for i in range(14)])   # three patches a side, a block each
+    M = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).bool()[:, None].expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        errors = [((a2mim(x, mask) - x).abs()[i][M[i]].mean(), (x.mean((2, 3), keepdim=True) - x).abs()[i][M[i]].mean()) for i in range(14)]
+    (places, means, spread), = analysis(out, "reconstruct")["curves"]["|error| of masked pixels"].values()
+    assert relative(means, torch.tensor(errors).mean(0)) < 1e-5 and relative(spread, torch.tensor(errors).std(0) / 14 ** 0.5) < 1e-4
     cka, = analysis(out, "cka")["more"].values()                         # three minibatches of four; two images are left over
     assert np.abs(np.array(cka["matrix"]) - cka_between(*[z[:12] for z in maps], batch=4).numpy()).max() < 1e-4
     (places, top1, _), = analysis(out, "layers")["curves"]["top-1 of a linear probe, %, by layer"].values()

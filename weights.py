@@ -4,7 +4,7 @@
   python weights.py export CKPT --to timm OUT      the encoder (and classifier) in timm's names, or torchvision's
 
 `load(model, source)` recognises what a file holds by its parameters' names. A new format is one row of FORMATS:
-a test on the names, and a table that turns each name into ours.
+a test on the names, and a table that turns each name into ours. `open_model(path)` makes the model that a file holds.
 """
 import argparse
 import collections
