@@ -91,6 +91,15 @@ def frequency_elementwise(d, rho):
     return (columns * rho(D.abs())).mean()
 
 
+# A loss over frequencies: error image (B, C, H, W) -> scalar.
+FREQUENCY = {
+    "focal": focal_frequency,                                               # the official code's: spectra of the batch averaged
+    "focal_per_image": lambda d: focal_frequency(d, average=False, maximum="image"),
+    "l1": lambda d: frequency_elementwise(d, l1),
+    "focal_l1": lambda d: frequency_elementwise(d, focal_l1),
+}
+
+
 def at_least_float32(x):
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x      # there is no FFT of half precision
 
@@ -98,24 +107,22 @@ def at_least_float32(x):
 class A2MIMLoss:
     """L = L_spatial + λ·L_freq, A²MIM's training objective (arXiv 2205.13943).
 
-    spatial: "l1" or "focal_l1". frequency: "focal", "l1", "focal_l1" or None (off). frequency_weight: λ.
-    standin: what replaces visible pixels before the DFT, a row of STANDINS. visible: u, the gradient's share there.
-    average, log, alpha, maximum: of the focal frequency loss, see `frequency_loss`. Raises ValueError.
+    spatial: a row of ELEMENTWISE. frequency: a row of FREQUENCY, or a function like those, or None (off).
+    frequency_weight: λ. standin: what replaces visible pixels before the DFT, a row of STANDINS. visible: u, the
+    gradient's share there. Raises ValueError.
 
     Calling it with reconstruction x̂ and target x (B, 3, H, W) and a mask (B, h, w), 1 = masked, of any dtype and
     any resolution that divides the images', returns a dictionary of scalars: `loss`, `spatial`, `frequency` (before
     weighting, 0 when off). Half precision is raised to float32, float64 stays.
     """
 
-    def __init__(self, spatial="l1", frequency="focal", frequency_weight=0.1, standin="mixed", visible=0.0,
-                 average=True, log=True, alpha=1.0, maximum="batch"):
+    def __init__(self, spatial="l1", frequency="focal", frequency_weight=0.1, standin="mixed", visible=0.0):
         for what, name, table in (("spatial loss", spatial, ELEMENTWISE), ("stand-in", standin, STANDINS),
-                                  ("frequency loss", frequency, ("focal", *ELEMENTWISE, None))):
-            if name not in table:
+                                  ("frequency loss", frequency, FREQUENCY | {None: None})):
+            if name not in table and not callable(name):
                 raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(map(str, table))}")
         self.rho, self.standin, self.visible = ELEMENTWISE[spatial], STANDINS[standin], visible
-        self.frequency, self.weight = frequency, frequency_weight
-        self.focal = dict(average=average, log=log, alpha=alpha, maximum=maximum)
+        self.frequency, self.weight = FREQUENCY.get(frequency, frequency), frequency_weight
 
     def __call__(self, reconstruction, target, mask):
         d = at_least_float32(reconstruction) - at_least_float32(target)                 # d = x̂ − x
@@ -128,10 +135,7 @@ class A2MIMLoss:
             M_f = M + (1 - M) * self.visible if self.visible else M
             # x̃ = M_f·x̂ + (1−M_f)·r, so x̃ − x = M_f·d + (1−M_f)·(r − x); and as F is linear, F(x̃) − F(x) = F(x̃ − x)
             error = torch.lerp(self.standin(d, x), d, M_f)
-            if self.frequency == "focal":
-                frequency = focal_frequency(error, **self.focal)
-            else:
-                frequency = frequency_elementwise(error, ELEMENTWISE[self.frequency])
+            frequency = self.frequency(error)
             del error                                   # an image's worth of memory a sample, before the next
         spatial = spatial_loss(d, M, self.rho)          # last, so that backward starts here and frees d before the rest
         return {"loss": spatial + self.weight * frequency if self.frequency else spatial, "spatial": spatial, "frequency": frequency}

@@ -290,7 +290,7 @@ def test_standins_are_their_definition(standin):
     M = mask.double().repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
     M_f = M + (1 - M) * u
     expected = plain_frequency_loss(M_f * pred + (1 - M_f) * r, x, False, False, 1.0, None)
-    loss = losses.A2MIMLoss("l1", "focal", 1.0, standin, u, average=False, log=False, maximum=None)(pred, x, mask)
+    loss = losses.A2MIMLoss("l1", functools.partial(losses.focal_frequency, average=False, log=False, maximum=None), 1.0, standin, u)(pred, x, mask)
     assert relative(loss["frequency"], expected) < 1e-12
     assert relative(torch.autograd.grad(loss["frequency"], pred)[0], torch.autograd.grad(expected, pred)[0]) < 1e-12
     assert relative(loss["spatial"], (M * (pred - x).abs()).sum() / (3 * (M.sum() + 1e-5))) < 1e-12

@@ -102,7 +102,7 @@ CONFIG = {  # key of the configuration: (type of --key, help, choices); the reci
     "fill": (str, "what masked pixels show", masking.FILLS),
     "token": (str, "what the mask token does to masked features", ("add", "replace", "none")),
     "spatial_loss": (str, "over masked pixels", losses.ELEMENTWISE),
-    "frequency_loss": (optional(str), "over frequencies, or none", ("focal", *losses.ELEMENTWISE, None)),
+    "frequency_loss": (optional(str), "over frequencies, or none", (*losses.FREQUENCY, None)),
     "frequency_weight": (optional(positive), "λ", None),
     "frequency_standin": (optional(str), "for visible pixels, before the DFT", (*losses.STANDINS, None)),
     "frequency_visible": (optional(share), "u, the share of the gradient at visible pixels", None),
