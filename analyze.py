@@ -42,11 +42,11 @@ def reconstruct(study, s):
 
     def measure(image, _, first):
         generators = [data.generator(study.args.seed, "mask", first + i) for i in range(len(image))]
-        mask = masking.random_mask(len(image), s.mask_grid, s.mask_ratio, generators).to(image.device)
+        mask = s.mask(len(image), s.mask_grid, s.mask_ratio, generators).to(image.device)
         rows, M = train.reconstruct(s.mim, image, mask), masking.resize(mask, image.shape[-2:])
-        pictures.extend((label, row[:8].cpu()) for label, row in zip(("image", "masked", "reconstruction", "composite"), rows) if not first)
+        pictures.extend((label, data.visible(data.denormalize(row[:8], s.mean, s.std)).cpu()) for label, row in zip(("image", "masked", "reconstruction", "composite"), rows) if not first)
         guesses = rows[2], masking.fill(image, mask, "mean")
-        return torch.stack([((guess - image).abs() * M).sum((1, 2, 3)) / (3 * M.sum((1, 2, 3))) for guess in guesses], 1),
+        return torch.stack([((guess - image).abs() * M).sum((1, 2, 3)) / (s.channels * M.sum((1, 2, 3))) for guess in guesses], 1),
 
     errors, = study.collect(s, measure)
     return {"|error| of masked pixels": (["reconstruction", "mean colour"], *average(errors))}, \

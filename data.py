@@ -1,8 +1,9 @@
 """Images, from wherever they are to batches of uint8 crops (everything after happens on the device).
 
+  python data.py stats path/to/photos                      sizes, classes, mean and deviation: what to give train.py
   python data.py pack path/to/imagenet imagenet.pack       once; then train with --data imagenet.pack, twice as fast to load
 
-A *source* is a list of images: `source[i] -> (uint8 (3, H, W), label)`, `len(source)`, `source.labels` (an array; −1 is
+A *source* is a list of images: `source[i] -> (uint8 (C, H, W), label)`, `len(source)`, `source.labels` (an array; −1 is
 none), `source.classes` (their names). A new kind of source is one function and one row of SOURCES. `Views` cuts the
 crops, `Batches` says which, in which order.
 All randomness of a sample is keyed by (seed, epoch, position in the epoch): the stream of samples is the same
@@ -35,11 +36,10 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from shapes import Shapes
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                    # ImageNet's, for images in 0..1
-FILL = [124, 116, 104]                                                      # the same mean, of bytes
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")                     # not EPS, for which Pillow would start a program
 LARGEST = 2 * Image.MAX_IMAGE_PIXELS                                        # 179 megapixels, half a gigabyte: Pillow's limit too
 
@@ -244,8 +244,8 @@ def evaluation_crop(image, resize, size):
     return TF.center_crop(TF.resize(image, [resize], BICUBIC, antialias=True), [size, size])
 
 
-def augment(image, generator, randaugment=None, erasing=None):
-    """RandAugment and random erasing of a uint8 image (3, H, W), both as in timm, with torchvision's operations.
+def augment(image, generator, randaugment=None, erasing=None, mean=MEAN, std=STD):
+    """RandAugment and random erasing of a uint8 image (C, H, W), both as in timm, with torchvision's operations.
 
     randaugment: magnitude m in 0..10; two operations (arXiv 1909.13719), each done half the time, at m + N(0, 0.5).
     erasing: how often a box is filled with N(0, 1) in normalised space (arXiv 1708.04896).
@@ -256,34 +256,53 @@ def augment(image, generator, randaugment=None, erasing=None):
     for _ in range(2 if randaugment is not None else 0):
         magnitude = (randaugment + 0.5 * torch.randn(())).clamp(0, 10)
         if torch.rand(()) < 0.5:                                            # 31 levels, of 0..10
-            image = v2.RandAugment(1, round(3 * float(magnitude)), 31, BILINEAR, FILL)(image)
+            image = v2.RandAugment(1, round(3 * float(magnitude)), 31, BILINEAR, [round(255 * m) for m in mean])(image)
     if erasing and torch.rand(()) < erasing:
-        image = denormalize(v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")(normalize(image[None])[0])[None])[0]
+        erase = v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")
+        image = denormalize(erase(normalize(image[None], mean, std)[0])[None], mean, std)[0]
     shared.set_state(before)
     return image
 
 
+def colours(given, known={}):
+    """channels, mean and std (pixels in 0..1) of a configuration: as given, else as a checkpoint knows, else 3 and ImageNet's.
+    Raises ValueError."""
+    found = dict(channels=3, mean=MEAN, std=STD) | {k: v[k] for v in (known, given) for k in ("channels", "mean", "std") if k in v}
+    if "mean" in given and "channels" not in given:
+        found["channels"] = len(found["mean"])
+    if not len(found["mean"]) == len(found["std"]) == found["channels"]:
+        raise ValueError(f"{found['channels']} channel(s) need --mean and --std of as many numbers: python data.py stats SRC measures them")
+    if not all(0 <= m <= 1 for m in found["mean"]) or not all(0 < s <= 1 for s in found["std"]):
+        raise ValueError("--mean lies in 0..1, and --std above 0: pixels are counted from 0 (black) to 1")
+    return found | dict(mean=list(found["mean"]), std=list(found["std"]))
+
+
 @functools.cache
-def constants(device):
-    """Mean and deviation of bytes, (3, 1, 1) each, made once for a device: each copy to it would stop the host."""
-    return tuple(255 * torch.tensor(c, device=device).view(-1, 1, 1) for c in (MEAN, STD))
+def constants(device, mean, std):
+    """Mean and deviation of bytes, (C, 1, 1) each, made once for a device: each copy to it would stop the host."""
+    return tuple(255 * torch.tensor(c, device=device).view(-1, 1, 1) for c in (mean, std))
 
 
-def normalize(image):
-    """uint8 (B, 3, H, W) -> float32 with the data set's mean 0 and deviation 1, on the image's device."""
-    mean, std = constants(image.device)
+def normalize(image, mean=MEAN, std=STD):
+    """uint8 (B, C, H, W) -> float32, on the image's device: of mean 0 and deviation 1, if the data set has those of C channels."""
+    mean, std = constants(image.device, tuple(mean), tuple(std))
     return (image - mean) / std
 
 
-def denormalize(image):
-    """The way back: float (B, 3, H, W) -> uint8."""
-    mean, std = constants(image.device)
+def denormalize(image, mean=MEAN, std=STD):
+    """The way back: float (B, C, H, W) -> uint8."""
+    mean, std = constants(image.device, tuple(mean), tuple(std))
     return (image.float() * std + mean).round().clamp(0, 255).byte()
 
 
+def visible(image):
+    """Of (B, C, H, W) what can be shown, (B, 3, H, W): the first three channels, or the first as grey."""
+    return image[:, :3] if image.shape[1] >= 3 else image[:, :1].expand(-1, 3, -1, -1)
+
+
 def write_picture(path, images, columns):
-    """Normalised images (B, 3, H, W) as a PNG, row by row; small ones are shown larger."""
-    grid = torchvision.utils.make_grid(denormalize(images).cpu(), nrow=columns, padding=2)
+    """uint8 images (B, C, H, W) as a PNG, row by row; small ones are shown larger."""
+    grid = torchvision.utils.make_grid(visible(images).cpu(), nrow=columns, padding=2)
     times = max(1, 128 // images.shape[-1])
     png = torchvision.io.encode_png(grid.repeat_interleave(times, 1).repeat_interleave(times, 2))
     write_file(path, png.numpy().tobytes())
@@ -308,8 +327,8 @@ def stated_size(file):
 
 
 def read_image(path):
-    """An image file as uint8 (3, H, W), upright, first frame. Raises BadImage, and that before it decodes an image of more
-    than LARGEST pixels, which a small file may well hold."""
+    """An image file as uint8 (3, H, W), upright, first frame; an array of bytes (H, W, C) or (H, W), .npy, as (C, H, W). Raises
+    BadImage, and that before it decodes an image of more than LARGEST pixels, which a small file may well hold."""
     def limit(height, width):
         if height * width > LARGEST:
             raise ValueError(f"{height} × {width} pixels are too many")
@@ -317,6 +336,11 @@ def read_image(path):
     try:
         if not os.path.isfile(path) or os.path.getsize(path) > 4 * LARGEST:
             raise ValueError("no regular file, or too large")
+        if path.lower().endswith(".npy"):
+            array = np.load(path, allow_pickle=False)
+            if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
+                raise ValueError(f"an array of {array.dtype} {array.shape}, not of bytes (height, width, channels)")
+            return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
         file = np.fromfile(path, np.uint8)
         if size := stated_size(file):
             limit(*size)
@@ -335,6 +359,32 @@ def read_image(path):
         reason = ("too many pixels" if isinstance(error, Image.DecompressionBombError) else error if type(error) is ValueError
                   else type(error).__name__)
         raise BadImage(f"{path} is no readable image ({reason})") from None
+
+
+class Channels:
+    """A source all of whose images have so many channels: colours become grey, grey ones get three equal channels. An image that
+    has another number is a BadImage. Everything else is the source's own."""
+
+    def __init__(self, source, channels):
+        self.source, self.channels = source, channels
+
+    def __getattr__(self, name):
+        if name == "source":                                                # while a copy of this is made
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        image, label = self.source[index]
+        if self.channels == 1 and len(image) == 3:                          # luma, ITU-R 601
+            image = (torch.tensor([299, 587, 114])[:, None, None] * image).sum(0, keepdim=True).add_(500).div_(1000, rounding_mode="floor").byte()
+        elif self.channels == 3 and len(image) == 1:
+            image = image.expand(3, -1, -1)
+        if len(image) != self.channels:
+            raise BadImage(f"image {index} has {len(image)} channels, not {self.channels}: see --channels")
+        return image, label
 
 
 class Folder:
@@ -419,7 +469,7 @@ def is_pack(path):
 class Packed:
     """What `pack` wrote: images.bin, their bytes one after another; index.bin, a RECORD each; pack.json, the rest.
 
-    An image is a JPEG, or raw pixels (height, width, 3) if its record has a height. Bytes are read when asked for, at
+    An image is a JPEG, or raw pixels (height, width, channels) if its record has a height. Bytes are read when asked for, at
     their place, so that memory stays small and the system's page cache serves all workers and processes; their checksum,
     which covers the record too, is compared each time. split: as in Folder. Raises ValueError, and BadImage.
     """
@@ -463,13 +513,13 @@ class Packed:
         record = self.index[index]
         offset, length, label, height, width, check = record.item()
         try:
-            if not (offset + length <= self.size and -1 <= label < len(self.classes) and height * width * 3 in (0, length) and length):
+            if not (offset + length <= self.size and -1 <= label < len(self.classes) and length % max(1, height * width) == 0 < length):
                 raise ValueError("its record leads nowhere")
             payload = np.empty(length, np.uint8)                            # no mapped memory: a failing disk would kill the process
             if os.preadv(self.file.fileno(), [payload], offset) != length or checksum(record, payload) != check:
                 raise ValueError("its checksum differs")
             image = torch.from_numpy(payload)
-            return image.view(height, width, 3).permute(2, 0, 1) if height else decode_jpeg(image, ImageReadMode.RGB), label
+            return image.view(height, width, -1).permute(2, 0, 1) if height else decode_jpeg(image, ImageReadMode.RGB), label
         except (OSError, RuntimeError, ValueError) as error:
             raise BadImage(f"{self.root}: image {index} of {self.split} is damaged ({error}): pack the images again") from None
 
@@ -492,7 +542,7 @@ class Stored:
         if self.size and self.size < min(image.shape[-2:]):
             image = TF.resize(image, [self.size], BICUBIC, antialias=True)
         height, width = image.shape[-2:]
-        if self.quality == "raw" or height * width <= 64 * 64 or max(height, width) > 65500:       # as large as a JPEG can be
+        if self.quality == "raw" or len(image) != 3 or height * width <= 64 * 64 or max(height, width) > 65500:    # as large as a JPEG can be
             return label, height, width, image.permute(1, 2, 0).numpy().tobytes()
         return label, 0, 0, encode_jpeg(image.contiguous(), self.quality).numpy().tobytes()
 
@@ -560,117 +610,6 @@ def pack(data, out, size=256, quality=92, workers=0):
     return about["train"]["images"] + about["val"]["images"], problems
 
 
-# ------------------------------------------------------------------------------------------------ a built-in world
-
-def disk(u, v, x, y, r):
-    return r - np.hypot(u - x, v - y)
-
-
-def convex(u, v, *corners):
-    """Signed distance to the nearest edge of a convex polygon, corners counter-clockwise; positive inside."""
-    edges = zip(corners, corners[1:] + corners[:1])
-    return np.minimum.reduce([((x1 - x0) * (v - y0) - (y1 - y0) * (u - x0)) / math.hypot(x1 - x0, y1 - y0)
-                              for (x0, y0), (x1, y1) in edges])
-
-
-def box(u, v, x0, x1, y0, y1):
-    return np.minimum.reduce([u - x0, x1 - u, v - y0, y1 - v])
-
-
-# Objects in the unit circle, u to the right, v up; positive inside. None looks the same when turned, so that each has
-# an angle. A union is a maximum, an intersection a minimum, a complement a minus.
-KINDS = {
-    "arrow": lambda u, v: np.maximum(box(u, v, -.25, .25, -1, .2), convex(u, v, (-.8, .1), (.8, .1), (0, 1))),
-    "house": lambda u, v: np.maximum(box(u, v, -.6, .6, -.8, .2), convex(u, v, (-.9, .1), (.9, .1), (0, .95))),
-    "heart": lambda u, v: np.maximum.reduce([disk(u, v, -.42, .35, .5), disk(u, v, .42, .35, .5),
-                                             convex(u, v, (0, -.95), (.85, .1), (0, .5), (-.85, .1))]),
-    "drop": lambda u, v: np.maximum(disk(u, v, 0, -.35, .6), convex(u, v, (-.56, -.15), (.56, -.15), (0, 1))),
-    "crescent": lambda u, v: np.minimum(disk(u, v, 0, 0, 1), -disk(u, v, .45, 0, .75)),
-    "wedge": lambda u, v: np.minimum(disk(u, v, 0, 0, .95), -np.minimum(.5 * u - .85 * v, .5 * u + .85 * v)),
-    "chevron": lambda u, v: np.minimum(convex(u, v, (-.95, -.55), (.95, -.55), (0, .95)),
-                                       -convex(u, v, (-.95, -.95), (.95, -.95), (0, .3))),
-    "tee": lambda u, v: np.maximum(box(u, v, -.85, .85, .25, .75), box(u, v, -.25, .25, -.95, .3)),
-    "ell": lambda u, v: np.maximum(box(u, v, -.6, -.1, -.8, .9), box(u, v, -.6, .75, -.8, -.3)),
-    "fish": lambda u, v: np.maximum(np.minimum(disk(u, v, .15, .55, .95), disk(u, v, .15, -.55, .95)),
-                                    convex(u, v, (-.95, -.5), (-.3, 0), (-.95, .5))),
-}
-
-
-def pink_noise(count, size, rng):
-    """`count` periodic textures (size, size) whose amplitude falls as 1/f, as in photographs; about 0..1, float32."""
-    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
-    f[0, 0] = np.inf                                                        # no mean
-    spectrum = (rng.standard_normal((count, *f.shape)) + 1j * rng.standard_normal((count, *f.shape))) / f
-    noise = np.fft.irfft2(spectrum, s=(size, size))
-    return (0.5 + 0.22 * noise / noise.std((1, 2), keepdims=True)).clip(0, 1).astype(np.float32)
-
-
-class Shapes:
-    """A procedural world: one textured object of ten kinds on a 1/f background, made by seed and index at any size.
-
-    `source[i]` is (image uint8 (3, size, size), kind); `source.sample(i)` knows the pose and the object's mask too, and
-    target = "pose" or "mask" gives these in place of the kind.
-    """
-    classes = list(KINDS)
-
-    def __init__(self, size, split="train", count=None, seed=0, target="label"):
-        self.size, self.count, self.seed = size, count or (4096 if split == "train" else 512), (seed, split != "train")
-        self.labels, self.target = np.arange(self.count) % len(KINDS), target
-        self.textures = pink_noise(16, 2 * size, np.random.default_rng((*self.seed, 1)))
-        self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        sample = self.sample(index)
-        return sample["image"], sample[self.target]
-
-    def sample(self, index):
-        """image: uint8 (3, S, S). label: int. pose: float32 (4,): centre x and y and radius as shares of the side,
-        angle in radians, clockwise, in 0..2π. mask: bool (S, S), the object's pixels. Raises IndexError."""
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        rng, S = np.random.default_rng((*self.seed, 2, index)), self.size
-        label = index % len(KINDS)
-        radius = rng.uniform(0.25, 0.45)
-        cx, cy = rng.uniform(radius, 1 - radius, 2)
-        angle = rng.uniform(0, 2 * math.pi)
-        dx, dy, r = self.x - np.float32(cx * S), self.y - np.float32(cy * S), np.float32(radius * S)
-        cos, sin = np.float32(math.cos(angle) / r), np.float32(math.sin(angle) / r)
-        u, v = cos * dx + sin * dy, sin * dx - cos * dy                     # the object's own axes, v up
-        cover = (KINDS[self.classes[label]](u, v) * r + 0.5).clip(0, 1)     # share of each pixel that it covers
-        towards = rng.uniform(0, 2 * math.pi)                               # the background's light falls off in a direction
-        ramp = 0.5 + 0.7 * (math.cos(towards) * (self.x / S - 0.5) + math.sin(towards) * (self.y / S - 0.5))
-        image = self.paint(rng, 0.7 * ramp + 0.3 * self.noise(rng), contrast=0.8)
-        image += cover * (self.paint(rng, self.pattern(rng, u, v), contrast=0.8) - image)
-        return {"image": torch.from_numpy((image * 255).astype(np.uint8)), "label": label,
-                "pose": torch.tensor([cx, cy, radius, angle]).float(), "mask": torch.from_numpy(cover > 0.5)}
-
-    def noise(self, rng):
-        """A window of one of the textures, (S, S) in 0..1."""
-        y, x = rng.integers(0, self.size, 2)
-        window = self.textures[rng.integers(len(self.textures)), y:y + self.size, x:x + self.size]
-        return window[:, ::-1] if rng.random() < 0.5 else window
-
-    def pattern(self, rng, u, v):
-        """The object's texture, turned with it: noise, stripes, checks or dots; (S, S) in 0..1."""
-        kind, frequency = rng.integers(4), np.float32(rng.uniform(4, 9))
-        if kind == 0:
-            return self.noise(rng)
-        if kind == 1:
-            return 0.5 + 0.5 * np.sin(frequency * u)
-        checks = np.sin(frequency * u) * np.sin(frequency * v)
-        return (0.5 + 2 * checks).clip(0, 1) if kind == 2 else (4 * checks - 1).clip(0, 1)
-
-    @staticmethod
-    def paint(rng, texture, contrast):
-        """A texture between two colours: (S, S) in 0..1 -> (3, S, S) in 0..1."""
-        low = rng.uniform(0, 1, (3, 1, 1)).astype(np.float32)
-        high = (low + rng.uniform(-contrast, contrast, (3, 1, 1)).astype(np.float32)).clip(0, 1)
-        return low + (high - low) * texture
-
-
 # ------------------------------------------------------------------------------------------------ what --data takes
 
 SOURCES = {  # name -> source of a split ("train", or "val" or "test") for a model that takes images of `size` px
@@ -681,11 +620,47 @@ SOURCES = {  # name -> source of a split ("train", or "val" or "test") for a mod
 }
 
 
-def open_source(data, split, size):
-    """The source behind --data: a row of SOURCES, a pack, or a folder (write ./shapes for a folder of that name)."""
-    if data in SOURCES:
-        return SOURCES[data](split, size)
-    return Packed(data, split) if is_pack(data) else Folder(data, split)
+def open_source(data, split, size, channels=None):
+    """The source behind --data: a row of SOURCES, a pack, or a folder (write ./shapes for a folder of that name). channels: of all its
+    images; None: as they are."""
+    source = SOURCES[data](split, size) if data in SOURCES else Packed(data, split) if is_pack(data) else Folder(data, split)
+    return source if channels is None else Channels(source, channels)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def stats(data, channels=None, most=2000):
+    """Yields lines on the images of --data: how many, of which classes and sizes; and of up to `most` training images (evenly spaced)
+    mean and standard deviation of each channel, every image counting as much, pixels in 0..1. Raises ValueError and OSError."""
+    for split in ("train", "val"):
+        source = open_source(data, split, 64)
+        labels = source.labels[source.labels >= 0]
+        counts = np.bincount(labels, minlength=len(source.classes)) if len(labels) else []
+        yield f"{split}: {len(source):,} images, " + (f"{len(counts)} classes of {min(counts):,} to {max(counts):,}" if len(counts) else "no classes")
+    source, sizes, sums, grey, problems = open_source(data, "train", 64, channels), [], {}, True, []
+    chosen = np.linspace(0, len(source) - 1, min(most, len(source))).astype(int).tolist()
+    for index in progress(chosen, len(chosen), "reading", images=lambda index: 1):
+        try:
+            image = source[index][0].double() / 255
+        except BadImage as error:
+            problems.append(str(error))
+            continue
+        sizes.append(image.shape[-2:])
+        sums.setdefault(len(image), []).append(torch.stack([image.mean((1, 2)), image.square().mean((1, 2))]))
+        grey &= len(image) != 3 or bool((image == image[:1]).all())
+    if not sums:
+        raise ValueError(f"{data}: not one of {len(chosen)} images can be read: {problems[0]}")
+    heights, widths = zip(*sizes)
+    yield (f"sizes: {min(heights)} to {max(heights)} px high, {min(widths)} to {max(widths)} wide; short side: "
+           f"{min(map(min, sizes))} px at least, {int(np.median([min(size) for size in sizes]))} in the middle")
+    yield from (f"cannot be read: {line}" for line in problems)
+    for found, each in sorted(sums.items()):
+        mean, square = torch.stack(each).mean(0)
+        text = [" ".join(f"{value:.3f}" for value in values.tolist()) for values in (mean, (square - mean ** 2).clamp(min=0).sqrt())]
+        yield f"{len(each):,} images of {found} channel(s): mean {text[0]}, standard deviation {text[1]}"
+        yield f"  train.py --data {data} --channels {found} --mean {text[0]} --std {text[1]}"
+    if grey and 3 in sums:
+        yield "All are grey: python data.py stats SRC --channels 1 says how to train on one channel."
 
 
 def quality(text):
@@ -698,20 +673,32 @@ def quality(text):
 def main(argv=None):
     parser = argparse.ArgumentParser("data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("stats", help="measure images: sizes, classes, mean and deviation", description=
+                                  "Measure images, and print what to give train.py for them. (train.py keeps it in its checkpoints, so that "
+                                  "finetune.py and analyze.py know.)")
+    takes = f"what --data takes: a folder of images, a pack, or one of {', '.join(SOURCES)}"
+    command.add_argument("source", metavar="SRC", help=takes)
+    command.add_argument("--channels", type=int, help="measure them with so many channels; 1: grey (as they are)")
+    command.add_argument("--images", type=int, default=2000, help="measure at most so many (2000)")
     command = commands.add_parser("pack", help="write all images into three files that load faster", description=
                                   "Store images small, one after another, so that loading them takes less than half of the time. OUT is a folder "
                                   "that train.py and finetune.py take as --data; it appears when it is complete.")
-    command.add_argument("source", metavar="SRC", help=f"what --data takes: a folder of images, a pack, or one of {', '.join(SOURCES)}")
+    command.add_argument("source", metavar="SRC", help=takes)
     command.add_argument("out", metavar="OUT", help="the pack, a folder that does not exist yet")
     command.add_argument("--size", type=int, default=256, help="largest short side, pixels; 0: as they are (256)")
-    command.add_argument("--quality", type=quality, default=92, help="of JPEG, 1 to 100, or raw: pixels, no loss (92); images of up to 64 × 64 px are always raw")
+    command.add_argument("--quality", type=quality, default=92, help="of JPEG, 1 to 100, or raw: pixels, no loss (92); images of up to 64 × 64 px, "
+                         "or not of 3 channels, are always raw")
     command.add_argument("--workers", type=int, default=cores(), help="processes (the cores there are)")
-    for each in (parser, command):
+    for each in (parser, *commands.choices.values()):
         each.error = lambda message: parser.exit(2, f"data.py: {message}\n")
     args, began = parser.parse_args(argv), time.time()
     try:
-        if min(args.size, args.workers) < 0:
-            raise ValueError(f"--size {args.size} and --workers {args.workers} may not be negative")
+        if odd := [name for name in ("size", "workers", "images", "channels") if (getattr(args, name, None) or 0) < 0]:
+            raise ValueError(f"--{odd[0]} {getattr(args, odd[0])} may not be negative")
+        if args.command == "stats":
+            for line in stats(args.source, args.channels, max(1, args.images)):
+                print(line)
+            return
         images, problems = pack(args.source, args.out, args.size, args.quality, args.workers)
     except (ValueError, OSError, RuntimeError) as error:                    # of which the last is a worker that was killed
         print(f"data.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)

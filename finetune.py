@@ -32,53 +32,13 @@ import model as models
 import train
 import weights
 from harness import RANK, fail, gather, say, sum_over_ranks, together
+from recipes import FOR_ARCH, KEYS, PROTOCOLS, PROTOCOLS_IMAGENET100, RECIPES, SIZES, UNCUT
 from train import count, number, optional, positive, share
 
-# ------------------------------------------------------------------------------------------------ protocols
-# Those of A²MIM and its official code. lr is the one at the protocol's own batch_size.
-
-KEYS = """arch protocol data img_size test_resize test_crop epochs batch_size optimizer lr min_lr schedule lr_step_epochs
-warmup_epochs weight_decay layer_decay clip drop_path loss label_smoothing mixup cutmix randaugment random_erasing
-repeated_augmentation ema crop_scale""".split()
-SIZES = {"img_size", "test_resize", "test_crop"}
-UNCUT = "test_resize test_crop loss label_smoothing mixup cutmix randaugment random_erasing crop_scale".split()
-BASE = dict.fromkeys(KEYS[3:]) | dict(img_size=224, test_resize=256, test_crop=224, batch_size=256)
-TUNE = BASE | dict(epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine", warmup_epochs=20,
-                   weight_decay=0.05, loss="ce", label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, random_erasing=0.25,
-                   crop_scale=(0.08, 1.0))
-SIMMIM = TUNE | dict(lr=1e-2, layer_decay=0.65, clip=5.0, drop_path=0.1)
-RSB = TUNE | dict(batch_size=2048, optimizer="lamb", lr=8e-3, warmup_epochs=5, weight_decay=0.02, loss="bce", label_smoothing=None,
-                  mixup=0.1, randaugment=6, random_erasing=None, test_resize=236)
-RSB_A3 = RSB | dict(img_size=160)
-RSB_A2 = RSB | dict(epochs=300, lr=5e-3, randaugment=7, repeated_augmentation=3, drop_path=0.05)
-LINEAR = BASE | dict(optimizer="sgd", weight_decay=0.0, warmup_epochs=0, loss="ce", crop_scale=(0.08, 1.0))
-DEIT = SIMMIM | dict(epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None, repeated_augmentation=3)
-SMALL = BASE | dict(epochs=20, batch_size=64, optimizer="adamw", lr=2e-3, min_lr=1e-6, schedule="cosine", warmup_epochs=2,
-                    weight_decay=0.05, layer_decay=0.8, clip=5.0, loss="ce", label_smoothing=0.1, crop_scale=(0.5, 1.0))
-
-PROTOCOLS = {  # (for a ViT, for a ResNet); None where there is none
-    "simmim": (SIMMIM, None),
-    "rsb_a3": (None, RSB_A3),
-    "rsb_a2": (None, RSB_A2),
-    "linear": (LINEAR | dict(epochs=90, batch_size=1024, lr=12.0, min_lr=0.0, schedule="cosine"),
-               LINEAR | dict(epochs=100, lr=30.0, schedule="step", lr_step_epochs=(60, 80))),
-    "knn": (BASE, BASE),
-    "small": (SMALL, SMALL),
-    "scratch-deit": (DEIT, None),                                           # DeiT's own, arXiv 2012.12877
-    "scratch-rsb_a3": (None, RSB_A3),
-    "scratch-rsb_a2": (None, RSB_A2),
-    "scratch-small": (SMALL | dict(layer_decay=None),) * 2,
-}
-IMAGENET100 = {"simmim": (SIMMIM | dict(lr=8e-3, warmup_epochs=5), TUNE | dict(batch_size=2048, lr=5e-3))}
-A2 = {"resnet50": dict(ema=0.9999), "resnet101": dict(drop_path=0.1), "resnet152": dict(drop_path=0.15), "resnet200": dict(drop_path=0.2)}
-FOR_ARCH = {  # what an architecture changes
-    "simmim": {"vit_s": dict(epochs=200), "vit_b": dict(ema=0.99996),
-               "vit_l": dict(epochs=150, ema=0.99996, repeated_augmentation=3)},
-    "rsb_a2": A2, "scratch-rsb_a2": A2,
-}
+# ------------------------------------------------------------------------------------------------ configuration
 
 CHANGED = {  # options beside those of train.CONFIG: (type, help, choices)
-    "arch": (str, "architecture; absent: the checkpoint's, if it is ours", train.RECIPES),
+    "arch": (str, "architecture; absent: the checkpoint's, if it is ours", RECIPES),
     "protocol": (str, "simmim, rsb_a3, rsb_a2, linear: as published (default: simmim for a ViT, rsb_a3 for a ResNet); small: ours, "
                       "for small images (the default of the nano presets); knn trains nothing; scratch-…: without --init", PROTOCOLS),
     "data": (str, "a folder of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
@@ -128,16 +88,17 @@ def resolve(args, checkpoint=None):
     """
     given, known = vars(args), weights.run_of(checkpoint)
     if args.init is not None and "arch" not in given and "arch" not in known:
-        raise ValueError(f"{args.init} does not say which architecture it holds: give --arch, one of {', '.join(train.RECIPES)}")
+        raise ValueError(f"{args.init} does not say which architecture it holds: give --arch, one of {', '.join(RECIPES)}")
     arch = given.get("arch") or known.get("arch", "vit_nano")
     if known.get("arch", arch) != arch:
         raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
-    resnet, nano = "resnet" in arch, "nano" in arch
+    like = models.PRESETS[arch].get("like", arch)
+    resnet, nano = "resnet" in like, "nano" in like
     if args.task is None:
         args.task = known["task"] if args.eval and known.get("task") in losses.TASKS else "class"
     protocol = given.get("protocol") or (known["protocol"] if args.eval and known.get("protocol") in PROTOCOLS else "small" if nano
                                          else "rsb_a3" if resnet and args.recipe == "imagenet" else "simmim")
-    table = PROTOCOLS if args.recipe == "imagenet" else IMAGENET100 if arch in train.IMAGENET100 else {}
+    table = PROTOCOLS if args.recipe == "imagenet" else PROTOCOLS_IMAGENET100 if arch in train.IMAGENET100 else {}
     row = table.get(protocol, (None, None))[resnet]
     if row is None:
         some = [name for name, rows in table.items() if rows[resnet]]
@@ -145,19 +106,19 @@ def resolve(args, checkpoint=None):
     if args.init is not None and protocol.startswith("scratch-") and not args.eval:
         raise ValueError(f"{protocol} starts from random weights: leave out --init, or choose another --protocol")
     if args.recipe == "imagenet":
-        row = row | FOR_ARCH.get(protocol, {}).get(arch, {})
+        row = row | FOR_ARCH.get(protocol, {}).get(like, {})
     if nano or protocol in ("knn", "small", "scratch-small"):               # no size of their own: the encoder's
-        size = known.get("img_size") or train.RECIPES[arch]["img_size"]
+        size = known.get("img_size") or RECIPES[arch]["img_size"]
         row = row | dict(img_size=size, test_crop=size, test_resize=round(size * 256 / 224) if protocol == "knn" and not nano else size)
     if args.eval:                                                           # as it was tested while it was trained
         row = row | {key: known[key] for key in SIZES if SIZES <= known.keys()}
     whole, still = args.task != "class", args.eval or protocol == "knn"     # pose and mask: whole images, as they are
-    without = [*KEYS[6:7], *KEYS[8:]] if still else UNCUT if whole else []  # what has no effect: all but the batch size; or
+    without = [*KEYS[9:10], *KEYS[11:]] if still else UNCUT if whole else []       # what has no effect: from the epochs on, all but the batch size
     if odd := [name for name in without if name in given]:
         raise ValueError(f"--{odd[0].replace('_', '-')} has no effect " + ("where nothing is trained" if still else f"on the {args.task}")
                          + ": leave it out")
     row = row | {name: None for name in without if name not in SIZES}
-    config = dict(arch=arch, protocol=protocol, data="shapes") | row | {name: given[name] for name in CONFIG if name in given}
+    config = dict(arch=arch, protocol=protocol, data="shapes") | data.colours(given, known) | row | {name: given[name] for name in CONFIG if name in given}
     if "lr" not in given and row["lr"]:
         config["lr"] = row["lr"] * config["batch_size"] / row["batch_size"]
     if "test_crop" not in given:
@@ -173,6 +134,7 @@ def resolve(args, checkpoint=None):
             (args.eval and args.init is None, "--eval needs --init, a fine-tuned checkpoint"),
             (args.eval and protocol == "knn", "--eval evaluates a head and knn has none: take one of them"),
             (c.crop_scale and not 0 < c.crop_scale[1] >= c.crop_scale[0], "--crop-scale: the smaller share first, above 0"),
+            (c.randaugment is not None and c.channels not in (1, 3), f"RandAugment knows no images of {c.channels} channels: --randaugment none"),
             (whole and c.data != "shapes", f"only the built-in images know the {args.task}: leave out --data"),
             (whole and protocol in ("knn", "linear"), f"{protocol} is for classes, not for the {args.task}: "
              "choose another --protocol, and --freeze for a probe"),
@@ -201,7 +163,7 @@ def train_view(sample, generator, config):
     if config["crop_scale"] is not None:
         image = data.random_resized_crop(image, config["img_size"], config["crop_scale"], generator, interpolation=data.BICUBIC)
     if config["randaugment"] is not None or config["random_erasing"]:
-        image = data.augment(image, generator, config["randaugment"], config["random_erasing"])
+        image = data.augment(image, generator, config["randaugment"], config["random_erasing"], config["mean"], config["std"])
     return image, target
 
 
@@ -246,13 +208,12 @@ class LAMB(torch.optim.Optimizer):
 
 
 def layer_scales(model, decay):
-    """Parameter's name -> factor on its learning rate: 1 for the head, d^(L − i) for block i (from 0; of a ResNet, stage),
-    d^(L + 1) for what comes before the L blocks."""
-    place = {name: re.match(r"encoder\.(?:blocks\.|layer)(\d+)\.", name) for name, _ in model.named_parameters()}
-    blocks = sorted({int(m[1]) for m in place.values() if m})
-    return {name: decay ** (len(blocks) - blocks.index(int(m[1]))) if m else
-            decay ** (len(blocks) + 1) if name.startswith("encoder.") else 1.0
-            for name, m in place.items()}
+    """Parameter's name -> factor on its learning rate: 1 for the head, d^(L − i) for the encoder's block i (from 0; of a CNN,
+    layer), d^(L + 1) for what comes before its L blocks."""
+    blocks = getattr(model.encoder, "blocks", model.encoder.layers)
+    place = {parameter: i for i, block in enumerate(blocks) for parameter in block.parameters()}
+    return {name: decay ** (len(blocks) - place.get(parameter, -1)) if name.startswith("encoder.") else 1.0
+            for name, parameter in model.named_parameters()}
 
 
 def make_optimizer(model, config):
@@ -296,7 +257,7 @@ def test_batches(images, batch, world):
 
 
 @torch.no_grad()
-def evaluate(model, loader, task, device, autocast):
+def evaluate(model, loader, task, device, autocast, normalize):
     """(metrics of a task over every image of the loaders of all processes, lines on those that could not be read)."""
     model.eval()
     if dist.is_initialized():                                               # each process has its own batch statistics
@@ -304,7 +265,7 @@ def evaluate(model, loader, task, device, autocast):
             dist.broadcast(buffer, 0)
     total, broken, images, problems = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device), 0, []
     for (image, target), unreadable in tqdm(loader, "test", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
-        image, target = data.normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
+        image, target = normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
         with autocast():
             output = model.forward(image).float()                           # not compiled: other batch sizes
         for i, value in enumerate(task.sums(output, target, image.shape[-1])):
@@ -332,14 +293,14 @@ def note_unreadable(problems, images, out, most):
 
 
 @torch.no_grad()
-def features(model, loader, images, device, autocast, world):
+def features(model, loader, images, device, autocast, normalize, world):
     """(images, C) features of unit length and (images,) labels, in the order of the source, on every process (label −1: could
     not be read); and this one's lines on those."""
     model.eval()
     found, labels, problems = [], [], []
     for (image, label), unreadable in tqdm(loader, "features", disable=RANK > 0 or not sys.stderr.isatty()):
         with autocast():
-            found.append(F.normalize(model.features(data.normalize(image.to(device))).float(), dim=1))
+            found.append(F.normalize(model.features(normalize(image.to(device))).float(), dim=1))
         labels.append(label.to(device))
         problems += unreadable
     all_features = torch.zeros(images, model.encoder.widths[-1], device=device)
@@ -365,11 +326,11 @@ LINE = "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s"
 def open_labelled(config, split, task):
     """Source of a split, of images that have a label, and the names of the classes. Raises ValueError."""
     if task != "class":
-        return data.Shapes(config["img_size"], split, target=task), None
-    source = data.open_source(config["data"], split, config["img_size"])
+        return data.Channels(data.Shapes(config["img_size"], split, target=task), config["channels"]), None
+    source = data.open_source(config["data"], split, config["img_size"], config["channels"])
     if getattr(source, "empty", None):
         raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it"
-                         + (", where the pack came from" if isinstance(source, data.Packed) else ""))
+                         + (", where the pack came from" if data.is_pack(source.root) else ""))
     where, labelled = getattr(source, "root", config["data"]), (source.labels >= 0).nonzero()[0]
     if not len(labelled):
         raise ValueError(f"the images of {where} have no labels: put those of each class in a folder of its own")
@@ -382,7 +343,7 @@ def build(args, config, classes, checkpoint):
     """The model, its encoder from --init, and what `weights.load` reports. Raises ValueError."""
     task = losses.TASKS[args.task]
     torch.manual_seed(data.key(args.seed))
-    encoder = models.build(config["arch"], config["img_size"], drop_path=config["drop_path"] or 0.0).encoder
+    encoder = models.build(config["arch"], config["img_size"], drop_path=config["drop_path"] or 0.0, channels=config["channels"]).encoder
     if isinstance(encoder, models.ViT) and config["test_crop"] != config["img_size"]:
         raise ValueError(f"a ViT is tested at its own size: --test-crop {config['test_crop']} differs from --img-size {config['img_size']}")
     model, loaded = models.Predictor(encoder, task.outputs or len(classes), task.pool), None
@@ -404,7 +365,7 @@ def build(args, config, classes, checkpoint):
 def prepare(args, config, world, checkpoint):
     """(the run, if there is training; its model and data). Whatever can be wrong is found here, before anything is written.
     Raises ValueError and OSError."""
-    usual = 256 if "nano" in config["arch"] else train.RECIPES[config["arch"]]["micro_batch"]
+    usual = 256 if "nano" in config["arch"] else RECIPES[config["arch"]]["micro_batch"]
     training = not args.eval and config["protocol"] != "knn"
     micro_batch = (train.find_micro_batch(config["batch_size"], args.micro_batch, world, usual) if training else
                    args.micro_batch or min(usual, config["batch_size"]))
@@ -517,6 +478,7 @@ def work(args, config, world, device, checkpoint):
         return data.loader(data.TestViews(source, view), test_batches(len(source), this.micro_batch, world), workers, pin)
 
     task, (autocast, scaler) = losses.TASKS[args.task], train.precision(args.amp, device)
+    how = device, autocast, functools.partial(data.normalize, mean=config["mean"], std=config["std"])
     model, loader = train.place(this.model, device, world), test_loader(this.held_out)
 
     def note(problems, images):
@@ -524,24 +486,24 @@ def work(args, config, world, device, checkpoint):
             fail(line)
 
     if args.eval:
-        metrics, problems = evaluate(model, loader, task, device, autocast)
+        metrics, problems = evaluate(model, loader, task, *how)
         note(problems, len(this.held_out))
         finish(this, args, metrics, epoch=None)
     elif config["protocol"] == "knn":
-        bank, labels, problems = features(model, test_loader(this.source), len(this.source), device, autocast, world)
+        bank, labels, problems = features(model, test_loader(this.source), len(this.source), *how, world)
         note(problems, len(this.source))
         bank, labels = bank[labels >= 0], labels[labels >= 0]
-        queries, wanted, problems = features(model, loader, len(this.held_out), device, autocast, world)
+        queries, wanted, problems = features(model, loader, len(this.held_out), *how, world)
         note(problems, len(this.held_out))
         mine = slice(RANK, None, world)                                     # each process's share of the test images
         votes = torch.cat([knn(bank, labels, q, min(args.k, len(bank)), args.temperature, len(this.classes)) for q in queries[mine].split(256)])
         sums, n = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist(), int((wanted >= 0).sum())
         finish(this, args, task.metrics(sums, max(n, 1)) | dict(n=n), epoch=None)
     else:
-        return tune(args, config, run, this, model, loader, world, device, autocast, scaler)
+        return tune(args, config, run, this, model, loader, world, scaler, *how)
 
 
-def tune(args, config, run, this, model, test_loader, world, device, autocast, scaler):
+def tune(args, config, run, this, model, test_loader, world, scaler, device, autocast, normalize):
     """The training loop."""
     task, steps_per_epoch = losses.TASKS[args.task], this.batches.steps_per_epoch
     accumulate = config["batch_size"] // (this.micro_batch * world)
@@ -569,7 +531,7 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
         """Evaluate after so many steps, and keep the best of those after whole epochs."""
         nonlocal best, tested
         began, epoch = time.time(), (done - 1) // steps_per_epoch + 1
-        metrics, unreadable = evaluate(average, test_loader, task, device, autocast)
+        metrics, unreadable = evaluate(average, test_loader, task, device, autocast, normalize)
         if line := note_unreadable(unreadable, len(this.held_out), run.out, args.max_bad):
             run.problem, run.stopping = line, True
         run.clock += time.time() - began                                    # no part of the training speed
@@ -599,7 +561,7 @@ def tune(args, config, run, this, model, test_loader, world, device, autocast, s
             for micro in range(accumulate):
                 batch, unreadable = next(stream)
                 image, target = (tensor.to(device, non_blocking=True) for tensor in batch)
-                image = data.normalize(image)
+                image = normalize(image)
                 if args.task == "class":
                     image, target = mix(image, target, config, len(this.classes))
                 with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else replica.no_sync():

@@ -1,7 +1,7 @@
 """Which parts of an image are hidden, and what stands in their place (A²MIM, arXiv 2205.13943).
 
 A mask is a tensor (B, h, w) with 1 = masked, at the resolution of its blocks. Whoever needs it finer or coarser
-calls `resize`. A new fill is one function and one row of FILLS.
+calls `resize`. A new way of masking is one function and one row of MASKS, a new fill one of FILLS.
 """
 import math
 
@@ -31,6 +31,9 @@ def random_mask(batch, grid, ratio, generator=None):
         score = torch.rand(batch, n, generator=generator)
     chosen = score.argsort(dim=1)[:, :masked]           # (B, k): the k blocks with the lowest scores
     return torch.zeros(batch, n).scatter_(1, chosen, 1).view(batch, grid, grid)
+
+
+MASKS = {"random": random_mask}                         # (batch, grid, ratio, generator) -> (B, grid, grid)
 
 
 def resize(mask, size):

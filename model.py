@@ -4,12 +4,14 @@ An encoder offers `stem` and `layers` (callables, applied in turn), `widths` (ch
 leaving the last) and `strides` (input pixels to a step of the feature map, at the same places). Whatever offers
 these can be pre-trained: `A2MIM(encoder)`.
 """
+import functools
 import inspect
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
@@ -36,10 +38,11 @@ class A2MIM(nn.Module):
             raise ValueError(f"unknown fill {fill!r}: choose from {', '.join(masking.FILLS)}")
         self.encoder, self.mask_layer, self.fill = encoder, mask_layer, fill
         self.mask_token = None if token == "none" else MaskToken(encoder.widths[mask_layer], token, gamma)
-        self.decoder = decoder(encoder.widths[-1], encoder.stride)
+        self.decoder = decoder(encoder.widths[-1], encoder.stride, encoder.channels)
 
     def forward(self, image, mask):
-        """The whole normalised image (B, 3, H, W) and a mask (B, h, w), 1 = masked -> reconstruction (B, 3, H, W)."""
+        """The whole normalised image (B, 3, H, W) and a mask (B, h, w), 1 = masked -> reconstruction (B, 3, H, W). (3 stands for
+        the encoder's channels, here and everywhere.)"""
         return self.decoder(self.encode(image, mask))                       # x̂ = PixelShuffle(s)(Conv1×1(z))
 
     def encode(self, image, mask):
@@ -84,9 +87,9 @@ class MaskToken(nn.Module):
         return z * (1 - M) + gamma * z * M + token * M
 
 
-def decoder(channels, stride):
+def decoder(width, stride, channels=3):
     """One linear map from each feature vector to its stride×stride pixels: (B, C, h, w) -> (B, 3, h·s, w·s)."""
-    conv = nn.Conv2d(channels, 3 * stride ** 2, 1)
+    conv = nn.Conv2d(width, channels * stride ** 2, 1)
     nn.init.trunc_normal_(conv.weight, std=0.02)
     nn.init.zeros_(conv.bias)
     return nn.Sequential(conv, nn.PixelShuffle(stride))
@@ -97,7 +100,7 @@ class Predictor(nn.Module):
 
     pool: "mean" over all positions, then a linear head, for classes: (B, 3, H, W) -> (B, outputs); "none": a linear head
     at each position, for dense tasks: -> (B, outputs, H, W); "flatten": a small MLP on all positions side by side, for
-    what depends on places: -> (B, outputs). A ViT's final norm gives way to `fc_norm`, a LayerNorm after the mean; the
+    what depends on places: -> (B, outputs). An encoder's final `norm` gives way to `fc_norm`, a LayerNorm after the mean; the
     class token is not used (as in BEiT and SimMIM). "token": a linear head on the class token of a ViT, after its final norm
     (as in DeiT). The head's last layer starts at N(0, 0.01).
     """
@@ -106,7 +109,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.encoder, self.pool = encoder, pool
         self.fc_norm = nn.Identity()
-        if isinstance(encoder, ViT) and pool != "token":
+        if hasattr(encoder, "norm") and pool != "token":
             encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.widths[-1], eps=1e-6)
         C, positions = encoder.widths[-1], (encoder.img_size // encoder.stride) ** 2
         self.head = last = nn.Linear(128 if pool == "flatten" else C, outputs * (encoder.stride ** 2 if pool == "none" else 1))
@@ -133,8 +136,11 @@ class Predictor(nn.Module):
 class Encoder(nn.Module):
     """What every encoder has in common: image (B, 3, H, W) -> feature (B, C, H/stride, W/stride), without a mask.
 
-    `build` calls the class with img_size and then a preset's keywords (and drop_path, where the recipe has one).
+    A new one sets, in __init__(img_size, *, drop_path=0.0, …): img_size; stem and layers, what is called in turn, maps
+    (B, C, h, w) between them; widths, the channels entering each layer and leaving the last; strides, at the same places.
+    It may set `norm`, a LayerNorm that ends it, and `blocks`, finer than layers, for learning rates that decay with depth.
     """
+    channels = 3                                                            # of images
 
     @property
     def stride(self):
@@ -166,7 +172,7 @@ class ViT(Encoder):
     `layers[0]` adds class token and positions to the patches, `layers[k]` is block k, counted from 1.
     """
 
-    def __init__(self, img_size=224, *, patch_size=16, dim=768, depth=12, heads=12, mlp_dim=3072, drop_path=0.1,
+    def __init__(self, img_size=224, *, channels=3, patch_size=16, dim=768, depth=12, heads=12, mlp_dim=3072, drop_path=0.1,
                  layer_scale=0.1, rel_pos_bias=True, abs_pos=True, init_std=0.02):
         super().__init__()
         if img_size < 1 or img_size % (patch_size or 8):
@@ -174,9 +180,9 @@ class ViT(Encoder):
         patch_size = patch_size or img_size // 8                            # None: 8 patches a side
         if dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
-        self.img_size, self.grid = img_size, img_size // patch_size         # n, patches a side
+        self.channels, self.img_size, self.grid = channels, img_size, img_size // patch_size   # grid: n, patches a side
         self.widths, self.strides = [dim] * (depth + 2), [patch_size] * (depth + 2)
-        self.patch_embed = nn.Conv2d(3, dim, patch_size, patch_size)        # keeps PyTorch's own initialisation
+        self.patch_embed = nn.Conv2d(channels, dim, patch_size, patch_size) # keeps PyTorch's own initialisation
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid ** 2, dim)) if abs_pos else None
         self.blocks = nn.ModuleList(
@@ -336,14 +342,14 @@ class ResNet(Encoder):
     `layers[i]` is stage i + 1, torchvision's layer{i+1}.
     """
 
-    def __init__(self, img_size=224, *, block=Bottle, depths=(3, 4, 6, 3), width=64, small_stem=False, drop_path=0.0):
+    def __init__(self, img_size=224, *, channels=3, block=Bottle, depths=(3, 4, 6, 3), width=64, small_stem=False, drop_path=0.0):
         super().__init__()
         stem = 1 if small_stem else 4
-        self.img_size = img_size
+        self.channels, self.img_size = channels, img_size
         self.strides = [stem, stem, 2 * stem, 4 * stem, 8 * stem]
         if img_size < 1 or img_size % self.stride:
             raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride {self.stride}")
-        self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
+        self.conv1 = nn.Conv2d(channels, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
@@ -377,6 +383,46 @@ def stage(block, channels, planes, depth, stride):
     return nn.Sequential(block(channels, planes, stride, shortcut), *rest)
 
 
+# ------------------------------------------------------------------------------------------------ torchvision's other encoders
+
+class TorchVision(Encoder):
+    """A torchvision network of four stages without its classifier, parameter names included: ConvNeXt (Liu et al., arXiv 2201.03545)
+    or Swin (arXiv 2103.14030). make: a function of torchvision.models. last: whether its own maps are (B, h, w, C)."""
+
+    def __init__(self, img_size=224, *, channels=3, make, last=False, drop_path=0.0):
+        super().__init__()
+        self.features = make().features                                    # stem, stage, downsampling, stage, …
+        width = self.features[0][0].out_channels
+        self.channels, self.img_size, self.last = channels, img_size, last
+        self.widths, self.strides = [width, width, 2 * width, 4 * width, 8 * width], [4, 4, 8, 16, 32]
+        if img_size < 1 or img_size % self.stride:
+            raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride {self.stride}")
+        self.norm = nn.LayerNorm(8 * width, eps=1e-6)
+        drops = [module for module in self.features.modules() if isinstance(module, StochasticDepth)]
+        for i, module in enumerate(drops):
+            module.p = drop_path * i / (len(drops) - 1)
+        if channels != 3:
+            self.features[0][0] = nn.Conv2d(channels, width, 4, 4)
+
+    def run(self, parts, z):                                                # (B, C, h, w) -> the like
+        z = z.movedim(1, -1) if self.last and parts[0] else z
+        for i in parts:
+            z = self.features[i](z)
+        return z.movedim(-1, 1) if self.last else z
+
+    def stem(self, image):
+        return self.run([0], image)
+
+    @property
+    def layers(self):
+        *first, last = [functools.partial(self.run, parts) for parts in ([1], [2, 3], [4, 5], [6, 7])]
+        return [*first, lambda z: self.norm(last(z).movedim(1, -1)).movedim(-1, 1)]
+
+    @property
+    def blocks(self):
+        return [self.features[1:2], self.features[2:4], self.features[4:6], self.features[6:8]]
+
+
 # ------------------------------------------------------------------------------------------------ presets
 
 def vit(dim, depth, heads, mlp_dim, mask_layer=0, **more):
@@ -387,6 +433,7 @@ def resnet(block, *depths, **more):
     return dict(encoder=ResNet, block=block, depths=depths, mask_layer=3, gamma=1e-6, **more)
 
 
+# encoder and its keywords; mask_layer, gamma: of A2MIM; like: whose recipes and protocols to use, if it has none of its own.
 PRESETS = {
     "vit_s": vit(768, 8, 8, 2304),                                          # the paper's: wide and shallow
     "vit_b": vit(768, 12, 12, 3072),
@@ -401,21 +448,24 @@ PRESETS = {
     "resnet152": resnet(Bottle, 3, 8, 36, 3),
     "resnet200": resnet(Bottle, 3, 24, 36, 3),
     "resnet_nano": resnet(Basic, 1, 1, 1, 1, width=32, small_stem=True),
+    "convnext_t": dict(encoder=TorchVision, make=torchvision.models.convnext_tiny, mask_layer=3, gamma=1e-6, like="resnet50"),
+    "swin_t": dict(encoder=TorchVision, make=torchvision.models.swin_t, last=True, mask_layer=2, like="vit_b"),
 }
 
 
-def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **encoder_overrides):
+def build(arch, img_size=224, *, channels=3, mask_layer=None, token=None, fill=None, **encoder_overrides):
     """The one way to make a model: A2MIM around the encoder of a preset.
 
-    arch: a row of PRESETS. img_size: side of the square images, in pixels. mask_layer, token, fill: None = the
-    preset's (whose token is "add" and whose fill is "mean"). encoder_overrides: keywords of the encoder's class.
-    Raises ValueError for whatever does not fit.
+    arch: a row of PRESETS. img_size: side of the square images, in pixels. channels: of images; where it is not 3, the
+    encoder's class has to know it. mask_layer, token, fill: None = the preset's (whose token is "add" and whose fill is
+    "mean"). encoder_overrides: keywords of the encoder's class. Raises ValueError for whatever does not fit.
     """
     if arch not in PRESETS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(PRESETS)}")
     preset = dict(PRESETS[arch])
-    encoder, gamma = preset.pop("encoder"), preset.pop("gamma", None)
-    layer = preset.pop("mask_layer")
+    encoder, gamma, layer, _ = (preset.pop(key, None) for key in ("encoder", "gamma", "mask_layer", "like"))
+    if channels != 3:
+        encoder_overrides["channels"] = channels
     options = inspect.signature(encoder).parameters
     if unknown := set(encoder_overrides) - set(options):
         raise ValueError(f"{arch} has no {', '.join(sorted(unknown))}: choose from {', '.join(options)}")

@@ -23,6 +23,7 @@ import torch
 
 import data
 import finetune
+import masking
 import model as models
 import train
 import weights
@@ -52,6 +53,7 @@ class Subject:
         self.encoder, self.logits, self.mim = model.encoder, model if isinstance(model, models.Predictor) else None, None
         if not self.logits and not any(name.startswith(("decoder.", "mask_token.")) for name in about["missing"]):
             self.mim = model
+        self.channels, self.mean, self.std = data.colours({}, run).values()
         resize, usual = run.get("test_resize", 0), self.size if "nano" in self.arch else round(self.size * 256 / 224)
         self.resize = resize if self.size <= resize <= 4 * self.size else usual
         self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
@@ -59,7 +61,8 @@ class Subject:
         usual = self.size // 32 if self.size >= 128 and self.size % 32 == 0 else 4 if self.grid % 4 == 0 else self.grid
         self.mask_grid = self.size // block if block > 0 and self.size % block == 0 else usual
         self.mask_ratio = ratio if 0 < ratio < 1 else 0.6
-        self.example = torch.randn(4, 3, self.size, self.size, generator=data.generator(0)).to(device)
+        self.mask = masking.MASKS.get(run.get("mask"), masking.random_mask)
+        self.example = torch.randn(4, self.channels, self.size, self.size, generator=data.generator(0)).to(device)
         with torch.no_grad():
             maps = dict(self.encoder.walk(self.example))
             self.points, largest = list(maps), max(z.numel() for z in maps.values())           # what makes it is some four times as large
@@ -125,6 +128,7 @@ class Study:
         """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects. passes: forward passes an
         image, to say beforehand how long it takes. Raises NotFor without (labelled) images."""
         source, most, batch = self.sources[split], self.images if split == "val" else self.probe_images, batch or s.batch
+        source = data.Channels(source, s.channels)
         if labelled:
             source = torch.utils.data.Subset(source, np.flatnonzero(source.labels >= 0))
         if len(source) < 8:
@@ -139,7 +143,7 @@ class Study:
         for (image, label), problems in data.progress(loader, len(chosen), s.name, lambda batch: len(batch[0][0])) if bar else loader:
             for line in problems:
                 say(f"  replaced by another: {line}")
-            yield data.normalize(image.to(self.device)), label.to(self.device), first
+            yield data.normalize(image.to(self.device), s.mean, s.std), label.to(self.device), first
             first += len(image)
 
     def collect(self, s, function, **options):
@@ -242,12 +246,12 @@ def draw_curves(figure, curves, more):
 
 
 def draw_pictures(figure, curves, more):
-    """more: {checkpoint: [(label, normalised images (B, 3, S, S))]}, a row each, beginning with the images themselves."""
+    """more: {checkpoint: [(label, uint8 images (B, 3, S, S))]}, a row each, beginning with the images themselves."""
     rows = [(f"{name}\n{label}" if label == "masked" else label, row)
             for i, (name, rows) in enumerate(more.items()) for label, row in rows[bool(i):]]            # the images once
     figure.set_size_inches(9, 1.15 * len(rows))
     for ax, (label, row) in zip(figure.subplots(len(rows)), rows):
-        ax.imshow(data.denormalize(row).permute(2, 0, 3, 1).flatten(1, 2).numpy())
+        ax.imshow(row.permute(2, 0, 3, 1).flatten(1, 2).numpy())
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
         ax.set(xticks=[], yticks=[])
 

@@ -25,42 +25,9 @@ import losses
 import masking
 import model as models
 from harness import RANK, fail, say, together
+from recipes import IMAGENET100, METHODS, RECIPES
 
-# ------------------------------------------------------------------------------------------------ recipes
-# The published ones, of A²MIM and its official code. lr is the one at the recipe's own batch_size.
-
-VIT = dict(epochs=800, img_size=224, batch_size=2048, micro_batch=256, lr=dict(a2mim=4e-4, simmim=4e-4), min_lr=None,
-           schedule="step", lr_step_epoch=700, warmup_epochs=10, weight_decay=0.05, clip=5.0, drop_path=0.1,
-           crop_scale=(0.67, 1.0), mask_size=32, mask_ratio=0.6, fill="mean", token="add", spatial_loss="l1",
-           frequency_loss="focal", frequency_weight=0.1, frequency_standin="mixed", frequency_visible=0.0,
-           token_lr_scale=1.0)
-COSINE = dict(schedule="cosine", lr_step_epoch=None, min_lr=1e-5)
-DEIT = VIT | COSINE | dict(img_size=192, lr=dict(a2mim=8e-4, simmim=4e-4))
-RESNET = VIT | COSINE | dict(epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None,
-                             crop_scale=(0.8, 1.0), spatial_loss="focal_l1", frequency_weight=0.5,
-                             frequency_visible=1e-3, token_lr_scale=0.1)
-NANO = COSINE | dict(epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3), warmup_epochs=1,
-                     mask_size=None)
-
-RECIPES = {
-    "vit_s": VIT, "vit_b": VIT | dict(micro_batch=128), "vit_l": VIT | dict(micro_batch=128),
-    "deit_t": DEIT, "deit_s": DEIT,
-    "vit_nano": VIT | NANO | dict(drop_path=0.0),
-    "resnet18": RESNET, "resnet34": RESNET, "resnet50": RESNET,
-    "resnet101": RESNET | dict(frequency_loss="focal_l1", frequency_weight=0.1),
-    "resnet152": RESNET | dict(frequency_loss=None), "resnet200": RESNET | dict(frequency_loss=None),
-    "resnet_nano": RESNET | NANO | dict(img_size=32),
-}
-IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT} | dict.fromkeys(
-    ("resnet18", "resnet34", "resnet50"), RESNET | dict(epochs=800, img_size=192))
-
-METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
-    "a2mim": {},
-    "simmim": dict(mask_layer=0, fill="none", token="replace", spatial_loss="l1", frequency_loss=None,
-                   crop_scale=(0.67, 1.0), token_lr_scale=1.0),
-}
-
-
+# ------------------------------------------------------------------------------------------------ configuration
 def number(kind, low, high=math.inf):
     """The type of an option that takes a number in low..high."""
     def convert(text):
@@ -84,6 +51,9 @@ CONFIG = {  # key of the configuration: (type of --key, help, choices); the reci
     "method": (str, "published method, or baseline", METHODS),
     "data": (str, "a folder of images, of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
                   f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
+    "channels": (number(int, 1, 1000), "of images; 1: colours become grey; absent: as many as --mean has", None),
+    "mean": (float, "of each channel, pixels in 0..1 (data.py stats measures it; absent: ImageNet's)", None),
+    "std": (float, "standard deviation of each channel, the same way", None),
     "img_size": (count, "side of the square training crops, pixels", None),
     "epochs": (count, "passes over the training images", None),
     "batch_size": (count, "images to an optimizer step, all processes and accumulation together", None),
@@ -96,6 +66,7 @@ CONFIG = {  # key of the configuration: (type of --key, help, choices); the reci
     "clip": (optional(positive), "largest norm of the gradient, or none", None),
     "drop_path": (optional(share), "stochastic depth: 0 at the first block, rising to this at the last", None),
     "crop_scale": (share, "smallest and largest share of an image's area in a crop", None),
+    "mask": (str, "which blocks are masked", masking.MASKS),
     "mask_size": (count, "side of a mask block, pixels", None),
     "mask_ratio": (share, "share of masked blocks", None),
     "mask_layer": (int, "the mask token goes in just before this layer, from 0", None),
@@ -119,7 +90,7 @@ def make_parser(program, usage, text, table, recipe, micro_batch):
     option = parser.add_argument_group("configuration", f"what --print-config shows; the {recipe}'s, unless given").add_argument
     for name, (kind, text, choices) in table.items():
         listed = ": " + ", ".join(filter(None, choices)) if choices else ""
-        option("--" + name.replace("_", "-"), type=kind, nargs={"crop_scale": 2, "lr_step_epochs": "+"}.get(name), choices=choices,
+        option("--" + name.replace("_", "-"), type=kind, nargs={"crop_scale": 2, "lr_step_epochs": "+", "mean": "+", "std": "+"}.get(name), choices=choices,
                metavar=name.upper(), help=text + listed, default=argparse.SUPPRESS)
     option("--recipe", choices=("imagenet", "imagenet100"), default="imagenet", help="which published recipe of --arch (imagenet)")
     option("--print-config", action="store_true", help="print the configuration as JSON and exit")
@@ -156,7 +127,7 @@ def resolve(args):
     table = RECIPES if args.recipe == "imagenet" else IMAGENET100
     if arch not in table:
         raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
-    recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch]
+    recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch] | data.colours(given)
     config = recipe | METHODS[method] | {name: given[name] for name in CONFIG if name in given}
     if "lr" not in given:
         config["lr"] = recipe["lr"][method] * config["batch_size"] / recipe["batch_size"]
@@ -185,7 +156,7 @@ def build(config):
     """Model and loss of a configuration. Raises ValueError."""
     drop_path = {} if config["drop_path"] is None else dict(drop_path=config["drop_path"])
     model = models.build(config["arch"], config["img_size"], mask_layer=config["mask_layer"], token=config["token"],
-                         fill=config["fill"], **drop_path)
+                         fill=config["fill"], channels=config["channels"], **drop_path)
     if config["mask_size"] % (stride := model.encoder.strides[config["mask_layer"]]):
         raise ValueError(f"mask_size {config['mask_size']} is not a multiple of {stride}, the encoder's stride at layer "
                          f"{config['mask_layer']}")
@@ -273,7 +244,7 @@ def place(model, device, world):
         torch.set_float32_matmul_precision("high")                          # TF32 where mixed precision is off
         if world > 1:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if isinstance(model.encoder, models.ResNet):                            # convolutions are fastest with channels innermost
+    if not isinstance(model.encoder, models.ViT):                           # convolutions are fastest with channels innermost
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
@@ -302,12 +273,12 @@ def reconstruct(model, image, mask):
     return [image, seen, prediction, torch.where(masking.resize(mask, image.shape[-2:]) > 0, prediction, image)]
 
 
-def draw(path, model, image, mask):
+def draw(path, model, image, mask, mean, std):
     """Four rows of `reconstruct`, a column an image (uint8)."""
     image, mask = (tensor.to(model.decoder[0].weight.device) for tensor in (image, mask))
-    rows = reconstruct(model.eval(), data.normalize(image), mask)
+    rows = reconstruct(model.eval(), data.normalize(image, mean, std), mask)
     model.train()
-    data.write_picture(path, torch.cat(rows), columns=len(image))
+    data.write_picture(path, data.denormalize(torch.cat(rows), mean, std), columns=len(image))
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -321,10 +292,10 @@ def view(sample, generator, size, scale):
     return data.random_resized_crop(sample[0], size, scale, generator), generator
 
 
-def collate(samples, grid, ratio):
+def collate(samples, mask, grid, ratio):
     """... and of many: crops (B, 3, size, size) uint8, masks (B, grid, grid)."""
     crops, generators = zip(*samples)
-    return torch.stack(crops), masking.random_mask(len(crops), grid, ratio, generators)
+    return torch.stack(crops), masking.MASKS[mask](len(crops), grid, ratio, generators)
 
 
 def prepare(args, config, world, device):
@@ -334,7 +305,7 @@ def prepare(args, config, world, device):
     torch.manual_seed(data.key(args.seed))
     model, criterion = build(config)
     size, grid = config["img_size"], config["img_size"] // config["mask_size"]
-    source, held_out = (data.open_source(config["data"], split, size) for split in ("train", "val"))
+    source, held_out = (data.open_source(config["data"], split, size, config["channels"]) for split in ("train", "val"))
     total = config["epochs"] * (len(source) // config["batch_size"])
     name = os.path.basename(os.path.normpath(config["data"]))
     out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
@@ -344,13 +315,13 @@ def prepare(args, config, world, device):
     batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world)
     views = data.Views(source, functools.partial(view, size=size, scale=config["crop_scale"]), args.seed)
     stream = data.loader(views, batches, loader_workers(args), device.type == "cuda",
-                         functools.partial(collate, grid=grid, ratio=config["mask_ratio"]))
+                         functools.partial(collate, mask=config["mask"], grid=grid, ratio=config["mask_ratio"]))
     data.readable(source, 0, args.seed, -1)                                 # if none is, now is the time to say so
     shown = [data.readable(held_out, int(i), args.seed, -1, i)[0][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
     shown = torch.stack([data.center_crop(image, size) for image in shown])
-    shown_mask = masking.random_mask(len(shown), grid, config["mask_ratio"], data.generator(args.seed, -1))
+    shown_mask = masking.MASKS[config["mask"]](len(shown), grid, config["mask_ratio"], [data.generator(args.seed, -1, i) for i in range(len(shown))])
     return run, SimpleNamespace(model=model, criterion=criterion, micro_batch=micro_batch, images=len(source), stream=stream,
-                                steps_per_epoch=batches.steps_per_epoch, shown=(shown, shown_mask))
+                                steps_per_epoch=batches.steps_per_epoch, shown=(shown, shown_mask, config["mean"], config["std"]))
 
 
 def train(args, config, world, device):
@@ -396,7 +367,7 @@ def train(args, config, world, device):
             for micro in range(accumulate):
                 batch, unreadable = next(stream)
                 image, mask = (tensor.to(device, non_blocking=True) for tensor in batch)
-                image = data.normalize(image)
+                image = data.normalize(image, config["mean"], config["std"])
                 last = micro == accumulate - 1                              # gradients travel between processes once
                 with contextlib.nullcontext() if last or world == 1 else replica.no_sync():
                     with autocast():

@@ -9,6 +9,7 @@ a test on the names, and a table that turns each name into ours. `open_model(pat
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -41,14 +42,19 @@ OPENMIXUP = [(r"^neck\.decoder_pred\.", "decoder."),
              (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
              (r"^encoder\.ln1\.", "encoder.norm."),
              (r"\.ln(\d)\.", r".norm\1.")]
+TORCHVISION = [(r"^classifier\.0\.", "fc_norm."), (r"^classifier\.2\.", "head."),        # ConvNeXt's
+               (r"^(?!head\.|fc_norm\.)", "encoder.")]
 
 FORMATS = {  # format: (does a file with these names have it?, table of names)
     "OpenMixup": (lambda names: any(n.startswith("backbone.") for n in names), OPENMIXUP),
     "SimMIM": (lambda names: "encoder.patch_embed.proj.weight" in names, SIMMIM),
     "nanoA2MIM": (lambda names: any(n.startswith("encoder.") for n in names), []),
     "ViT of timm, BEiT or MAE": (lambda names: {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= set(names), TIMM),
+    "ConvNeXt or Swin of torchvision": (lambda names: "features.0.0.weight" in names, TORCHVISION),
     "ResNet of torchvision or timm": (lambda names: {"conv1.weight", "layer1.0.conv1.weight"} <= set(names), TIMM),
 }
+
+FIRST = "encoder.patch_embed.weight", "encoder.conv1.weight", "encoder.features.0.0.weight"        # what sees the channels of images
 
 # What an encoder may lack, and the value that makes ours compute the same: no bias, no scale, no positions.
 NEUTRAL = {"q_bias": 0.0, "v_bias": 0.0, "relative_position_bias_table": 0.0, "pos_embed": 0.0, "gamma_1": 1.0, "gamma_2": 1.0}
@@ -237,13 +243,14 @@ def load(model, source, where="the dictionary", head=True):
 def run_of(checkpoint):
     """What a checkpoint of ours says of its run, those fields that are what they should be; of another's, nothing."""
     run = checkpoint.get("identity") if checkpoint else None
-    kinds = dict(arch=str, protocol=str, task=str, data=str, fill=str, token=str, mask_ratio=float) | dict.fromkeys(
-        ("img_size", "test_resize", "test_crop", "mask_size", "mask_layer"), int)
-    run = {k: v for k, v in run.items() if type(v) is kinds.get(k) and (type(v) is not int or 0 <= v < 10000)} if isinstance(run, dict) else {}
+    kinds = dict(arch=str, protocol=str, task=str, data=str, fill=str, token=str, mask=str, mask_ratio=float, mean=list, std=list) | dict.fromkeys(
+        ("img_size", "test_resize", "test_crop", "mask_size", "mask_layer", "channels"), int)
+    run = {k: v for k, v in run.items() if type(v) is kinds.get(k) and (type(v) is not int or 0 <= v < 10000)
+           and (type(v) is not list or all(type(number) is float for number in v))} if isinstance(run, dict) else {}
     return run if run.get("arch") in models.PRESETS else {}
 
 
-def recognise(state, size=224, presets=models.PRESETS, where="the dictionary"):
+def recognise(state, size=224, presets=models.PRESETS, where="the dictionary", channels=3):
     """(preset, image size, keywords of its encoder) for an encoder's tensors, by our names: the first preset whose weights have their
     shapes. A ViT's table of positions says its image size; otherwise it is `size`. Raises ValueError."""
     def shapes(state):
@@ -251,6 +258,8 @@ def recognise(state, size=224, presets=models.PRESETS, where="the dictionary"):
                 and value.ndim > 1 and "patch_embed" not in name}
 
     options, table = {}, state.get("encoder.blocks.0.attn.relative_position_bias_table")
+    first = next((state[name] for name in FIRST if name in state), None)
+    options["channels"] = channels if first is None else first.shape[1]
     if "encoder.patch_embed.weight" in state:
         options["patch_size"] = patch = state["encoder.patch_embed.weight"].shape[-1]
         if "encoder.pos_embed" in state:
@@ -273,7 +282,7 @@ def open_model(path):
     size, classes = run.get("test_crop") or run.get("img_size") or 224, checkpoint.get("classes")
     method = dict(mask_layer=0, fill="none", token="replace") if kind == "SimMIM" else {k: run.get(k) for k in ("mask_layer", "fill", "token")}
     try:
-        arch, size, options = recognise(state, size, [run["arch"]] if run else models.PRESETS, path)
+        arch, size, options = recognise(state, size, [run["arch"]] if run else models.PRESETS, path, run.get("channels", 3))
         model, head = models.build(arch, size, **options, **method), state.get("head.weight")
         if head is not None and head.ndim == 2 and len(head) > 1 and run.get("task", "class") == "class":
             on_token = "encoder.blocks.0.norm1.weight" in state and "fc_norm.weight" not in state
@@ -303,7 +312,8 @@ def summary(names, most=6):
 # ------------------------------------------------------------------------------------------------ out
 
 def export(source, to):
-    """(state_dict in the names of "timm" or "torchvision", the call that builds a model for it). Raises ValueError.
+    """(state_dict in the names of "timm" or "torchvision", or our "encoder" alone; the call that builds a model for it). Raises
+    ValueError.
 
     A ViT with relative bias becomes timm's Beit, without one its VisionTransformer; a ResNet keeps torchvision's names,
     which timm shares. Pre-trained: the final norm and no classifier; fine-tuned: mean pooling with fc_norm, classifier.
@@ -312,6 +322,9 @@ def export(source, to):
     run = source.get("identity")
     kept = ["encoder.", "fc_norm."] + ["head."] * (not isinstance(run, dict) or run.get("task", "class") == "class")
     state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(tuple(kept))}
+    if to == "encoder" or "encoder.features.0.0.weight" in state:
+        arch, size, options = recognise(state, run_of(source).get("img_size", 224), channels=run_of(source).get("channels", 3))
+        return as_encoder(state, arch, size, options) if to == "encoder" else as_torchvision(state, arch, to)
     vit = "encoder.patch_embed.weight" in state
     if ("encoder.blocks.0.mlp.fc1.bias" if vit else "encoder.layer1.0.conv1.weight") not in state or "head.0.weight" in state:
         raise ValueError(f"{where} holds no ViT and no ResNet of the forms that {to} has")
@@ -333,6 +346,26 @@ def export(source, to):
             name = re.sub(r"gamma_(\d)$", r"ls\1.gamma", name)
         out[name] = value.clone()
     return out, constructor(state, vit, beit, to)
+
+
+def as_encoder(state, arch, size, options):
+    arguments = "".join(f", {key}={value}" for key, value in options.items())
+    return ({name.removeprefix("encoder."): value.clone() for name, value in state.items() if name.startswith("encoder.")},
+            f"model.build('{arch}', {size}{arguments}).encoder")
+
+
+def as_torchvision(state, arch, to):
+    """Of a model.TorchVision. A fine-tuned Swin's norm and classifier stay behind: theirs come before the mean over positions."""
+    if to != "torchvision":
+        raise ValueError(f"{arch} has torchvision's names: --to torchvision")
+    swin, classes = "swin" in arch, len(state["head.bias"]) if "head.bias" in state else 0
+    names = [(r"^encoder\.norm\.|^fc_norm\.", "norm." if swin else "classifier.0."), (r"^head\.", "classifier.2."), (r"^encoder\.", "")]
+    if swin and "fc_norm.weight" in state:
+        state, unused = {name: value for name, value in state.items() if name.startswith("encoder.features.")}, "model.norm = model.head"
+    else:
+        unused = "" if classes else "model.head" if swin else "model.classifier[2]"
+    out = {functools.reduce(lambda name, pair: re.sub(*pair, name), names, name): value.clone() for name, value in state.items()}
+    return out, f"torchvision.models.{models.PRESETS[arch]['make'].__name__}(num_classes={classes or 1000})" + (f"; {unused} = torch.nn.Identity()" if unused else "")
 
 
 def constructor(state, vit, beit, to):
@@ -385,7 +418,7 @@ def main(argv=None):
     option("file", metavar="FILE", help="a checkpoint, ours or of " + ", ".join(FORMATS))
     option = commands.add_parser("export", help="write it in another library's names").add_argument
     option("checkpoint", metavar="CKPT", help="a checkpoint, ours or any that `show` knows")
-    option("--to", choices=("timm", "torchvision"), required=True)
+    option("--to", choices=("timm", "torchvision", "encoder"), required=True, help="whose names; encoder: our own, for model.build(…).encoder")
     option("out", metavar="OUT", help="the file to write; must not exist")
     for each in (parser, *commands.choices.values()):
         each.error = lambda message: parser.exit(2, f"weights.py: {message}\n")
@@ -403,7 +436,7 @@ def main(argv=None):
         sys.exit(2)
     what = "encoder and classifier" if any(name.startswith(("head.", "fc.")) for name in state) else "encoder"
     print(f"{args.out}: {what}, {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "")
-          + f":\n  import torch, {args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
+          + f":\n  import torch, {'model' if args.to == 'encoder' else args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
 
 
 if __name__ == "__main__":
