@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -77,18 +76,19 @@ def translate(state, table):
 SEAL = b"\nsha256 "         # PyTorch's file, then this, then the digest of all before it: torch.load reads over bit flips
 
 
-def broken_seal(file, needed):
-    """What is wrong with the end of an open file; None if nothing is."""
+def check_seal(file, path, needed):
+    """Compare an open file with the digest at its end. Raises ValueError if they differ, or if a needed one is missing."""
     length = file.seek(0, os.SEEK_END) - len(SEAL) - 64
     file.seek(max(0, length))
     seal, sha = file.read(), hashlib.sha256()
-    if not seal.startswith(SEAL):
-        return "has no checksum: it is damaged, or no checkpoint of this program" if needed else None
     file.seek(0)
-    while length and (block := file.read(min(length, 2 ** 22))):
-        sha.update(block)
-        length -= len(block)
-    return None if seal == SEAL + sha.hexdigest().encode() else "is damaged: its checksum differs"
+    if seal.startswith(SEAL):
+        for start in range(0, length, 2 ** 22):
+            sha.update(file.read(min(2 ** 22, length - start)))
+        if seal != SEAL + sha.hexdigest().encode():
+            raise ValueError(f"{path} is damaged: its checksum differs")
+    elif needed:
+        raise ValueError(f"{path} has no checksum: it is damaged, or no checkpoint of this program")
 
 
 def read(path, sealed=False):
@@ -98,17 +98,13 @@ def read(path, sealed=False):
         raise ValueError(f"no checkpoint at {path!r}")
     try:
         with open(path, "rb") as file:
-            if problem := broken_seal(file, sealed):
-                raise ValueError(f"{path} {problem}")
-            file.seek(0)
-            start = file.read(1)
+            check_seal(file, path, sealed)
             file.seek(0)
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load has no one exception for what is no checkpoint, or no mere data
-                unsafe = start in (b"P", b"\x80") and ("weights_only" in str(error) or "Unsupported" in str(error))
-                raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
-                                 "alone and pass that" if unsafe else f"{path} is no PyTorch checkpoint, or is damaged") from None
+            except Exception as error:                                      # of many kinds; a GLOBAL is pickle's word for what it would run
+                raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict alone and "
+                                 "pass that" if "GLOBAL" in str(error) else f"{path} is no PyTorch checkpoint, or is damaged") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(state, dict):
@@ -140,7 +136,7 @@ def write(path, state, previous=None):
             try:
                 torch.save(state, sealed)
             except RuntimeError as error:
-                raise OSError(sealed.problem.errno, sealed.problem.strerror) if sealed.problem else error
+                raise sealed.problem or error
             file.write(SEAL + sealed.sha.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
@@ -177,18 +173,17 @@ def resize_positions(name, value, like):
     (antialiased, corners not aligned: a place keeps its share of the image, an offset about its share). What belongs to
     the class token, at one end or the other, is kept. For absolute positions timm does the same.
     """
-    if name.endswith("pos_embed") and value.ndim == like.ndim == 3:
-        tokens, rest, wanted = value[0, 1:], value[0, :1], like.shape[1] - 1
-    elif name.endswith("relative_position_bias_table") and value.ndim == like.ndim == 2:
-        tokens, rest, wanted = value[:-3], value[-3:], like.shape[0] - 3
-    else:
+    absolute, relative = name.endswith("pos_embed"), name.endswith("relative_position_bias_table")
+    if not (absolute or relative) or value.ndim != like.ndim or value.shape[-1] != like.shape[-1]:
         return None
+    tokens, rest = (value[0, 1:], value[0, :1]) if absolute else (value[:-3], value[-3:])
+    wanted = like.shape[-2] - len(rest)
     old, new = math.isqrt(len(tokens)), math.isqrt(wanted)
-    if value.shape[-1] != like.shape[-1] or old * old != len(tokens) or new * new != wanted:
+    if old * old != len(tokens) or new * new != wanted:
         return None
     grid = tokens.T.reshape(1, -1, old, old).float()
     tokens = F.interpolate(grid, (new, new), mode="bicubic", antialias=True).flatten(2)[0].T.to(value.dtype)
-    return torch.cat([rest, tokens])[None] if name.endswith("pos_embed") else torch.cat([tokens, rest])
+    return torch.cat([rest, tokens])[None] if absolute else torch.cat([tokens, rest])
 
 
 def load(model, source, where="the dictionary", head=True):
@@ -197,8 +192,8 @@ def load(model, source, where="the dictionary", head=True):
     source: a path, or the dictionary such a file holds (`where` it is from), in a format of FORMATS. Positions are
     resized to the model's image size. What the file's encoder lacks by design (see NEUTRAL) gets the value that changes
     nothing. Returns {"format", "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for
-    `unused`, the file's. head=False leaves a classifier in the file. Raises ValueError, and leaves the model as it was, if the format is unknown or the encoder is
-    another one.
+    `unused`, the file's. head=False leaves a classifier in the file. Raises ValueError, and leaves the model as it was, if
+    the format is unknown or the encoder is another one.
     """
     if isinstance(source, (str, os.PathLike)):
         source, where = read(source), source
@@ -222,16 +217,13 @@ def load(model, source, where="the dictionary", head=True):
                              "architecture of the file")
         else:
             unused.append(name)
-    missing = [name for name in own if name not in found and own[name].is_floating_point()]
-    neutral = [n for n in missing if n.startswith("encoder.") and n.split(".")[-1] in NEUTRAL]
-    fresh = [n for n in missing if n.startswith("encoder.norm.") and "fc_norm.weight" in names]    # fine-tuned: it has none
-    missing = [n for n in missing if n not in neutral]
-    if lost := [n for n in missing if n.startswith("encoder.") and n not in fresh]:
+    neutral = {n: torch.full_like(own[n], NEUTRAL[n.split(".")[-1]]) for n in own if n not in found and n.split(".")[-1] in NEUTRAL}
+    missing = [n for n in own if n not in found and n not in neutral and own[n].is_floating_point()]
+    needed = "encoder." if "fc_norm.weight" not in names else "encoder.(?!norm)"                   # fine-tuned: it has no norm
+    if lost := [n for n in missing if re.match(needed, n)]:
         raise ValueError(f"{where} has not all of this encoder, {lost[0]} for one: is it another architecture?")
-    found |= {name: torch.full_like(own[name], NEUTRAL[name.split(".")[-1]]) for name in neutral}
-    model.load_state_dict(found, strict=False)
-    return {"format": kind, "loaded": [n for n in found if n not in neutral], "resized": resized, "neutral": neutral,
-            "missing": missing, "unused": unused}
+    model.load_state_dict(found | neutral, strict=False)
+    return {"format": kind, "loaded": list(found), "resized": resized, "neutral": list(neutral), "missing": missing, "unused": unused}
 
 
 def run_of(checkpoint):
@@ -284,20 +276,18 @@ def open_model(path):
     return model, dict(arch=arch, size=size, run=run, classes=classes if isinstance(classes, list) else None) | report
 
 
+def starred(name):
+    """The name without its number, one for all blocks."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
 def describe(report):
     """What `load` did, in one line."""
-    parts = [f"{report['format']}: {len(report['loaded'])} tensors loaded"]
-    for key, text in (("resized", "resized"), ("neutral", "not in the file, set to change nothing"),
-                      ("missing", "new"), ("unused", "left in the file")):
-        if report[key]:
-            parts.append(f"{text}: {summary(report[key])}")
-    return "; ".join(parts)
-
-
-def summary(names, most=6):
-    """Names, those that differ in a number only once."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-    return ", ".join(kinds[:most]) + (f" and {len(kinds) - most} more" if len(kinds) > most else "")
+    text = f"{report['format']}: {len(report['loaded'])} tensors loaded"
+    for key, what in dict(resized="resized", neutral="not in the file, set to change nothing", missing="new", unused="left in the file").items():
+        if kinds := list(dict.fromkeys(map(starred, report[key]))):
+            text += f"; {what}: {', '.join(kinds[:6])}" + (f" and {len(kinds) - 6} more" if len(kinds) > 6 else "")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------ out
@@ -309,9 +299,8 @@ def export(source, to):
     which timm shares. Pre-trained: the final norm and no classifier; fine-tuned: mean pooling with fc_norm, classifier.
     """
     source, where = (source, "the dictionary") if isinstance(source, dict) else (read(source), source)
-    run = source.get("identity")
-    kept = ["encoder.", "fc_norm."] + ["head."] * (not isinstance(run, dict) or run.get("task", "class") == "class")
-    state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(tuple(kept))}
+    kept = ("encoder.", "fc_norm.", "head.")[:3 if run_of(source).get("task", "class") == "class" else 2]
+    state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(kept)}
     vit = "encoder.patch_embed.weight" in state
     if ("encoder.blocks.0.mlp.fc1.bias" if vit else "encoder.layer1.0.conv1.weight") not in state or "head.0.weight" in state:
         raise ValueError(f"{where} holds no ViT and no ResNet of the forms that {to} has")
@@ -324,14 +313,13 @@ def export(source, to):
         name = name.removeprefix("encoder.").replace("patch_embed.", "patch_embed.proj.")
         if not vit:
             name = name.replace("head.", "fc.")
-        elif not beit and name.endswith("v_bias"):
-            continue
-        elif not beit and name.endswith("q_bias"):
-            v = state["encoder." + name.replace("q_bias", "v_bias")]
-            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, torch.zeros_like(v), v])
-        elif not beit:
-            name = re.sub(r"gamma_(\d)$", r"ls\1.gamma", name)
-        out[name] = value.clone()
+        elif not beit:                                                      # one bias for queries, keys (they need none) and values
+            name = re.sub(r"gamma_(\d)$", r"ls\1.gamma", name).replace("q_bias", "qkv.bias")
+            if name.endswith("qkv.bias"):
+                v = state["encoder." + name.replace("qkv.bias", "v_bias")]
+                value = torch.cat([value, torch.zeros_like(v), v])
+        if beit or not name.endswith("v_bias"):
+            out[name] = value.clone()
     return out, constructor(state, vit, beit, to)
 
 
@@ -340,10 +328,9 @@ def constructor(state, vit, beit, to):
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     depths = collections.Counter(m[1] for n in state if (m := re.match(r"encoder\.(blocks|layer\d)\.\d+\.(?:norm1|bn1)\.weight", n)))
     if not vit:
-        block = "Bottleneck" if "encoder.layer1.0.conv3.weight" in state else "BasicBlock"
-        call = f"({to}.models.resnet.{block}, {[depths[f'layer{i}'] for i in range(1, 5)]}, num_classes={classes or 1000})"
-        note = "" if classes else "; model.fc = torch.nn.Identity()"
-        return f"{to}.models.resnet.ResNet{call}{note}"
+        block, library = "Bottleneck" if "encoder.layer1.0.conv3.weight" in state else "BasicBlock", f"{to}.models.resnet"
+        call = f"{library}.ResNet({library}.{block}, {[depths[f'layer{i}'] for i in range(1, 5)]}, num_classes={classes or 1000})"
+        return call if classes else call + "; model.fc = torch.nn.Identity()"
     dim, _, patch, _ = state["encoder.patch_embed.weight"].shape
     table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
     side = math.isqrt(state["encoder.pos_embed"].shape[1] - 1) if "encoder.pos_embed" in state else (math.isqrt(len(table) - 3) + 1) // 2
@@ -373,7 +360,7 @@ def show(path):
             print(f"{key}: {value}")
         elif key == "identity" and isinstance(value, dict):
             print("run: " + ", ".join(f"{k} {v}" for k, v in value.items() if v is not None))
-    groups = collections.Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(value.shape), str(value.dtype)[6:]) for _, name, value in items)
+    groups = collections.Counter((starred(name), tuple(value.shape), str(value.dtype)[6:]) for _, name, value in items)
     for (name, shape, dtype), times in groups.items():
         print(f"  {name}  {shape} {dtype}" + (f" × {times}" if times > 1 else ""))
 
@@ -392,18 +379,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.command == "show":
-            show(args.file)
-            return
+            return show(args.file)
         state, call = export(args.checkpoint, args.to)
         if os.path.exists(args.out) or not os.path.basename(args.out):
             raise ValueError(f"{args.out!r} exists, or names no file: choose another name, or remove it")
         write(args.out, state)
+        print(f"{args.out}: {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "")
+              + f":\n  import torch, {args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
     except (ValueError, OSError) as error:
-        print(f"weights.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    what = "encoder and classifier" if any(name.startswith(("head.", "fc.")) for name in state) else "encoder"
-    print(f"{args.out}: {what}, {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "")
-          + f":\n  import torch, {args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
+        parser.error(error)
 
 
 if __name__ == "__main__":
