@@ -231,10 +231,11 @@ class Run:
             say(self.note)
         say(f"batch {config['batch_size']} = {world_size()} process(es) × {micro_batch} images × {accumulate} accumulated; "
             f"{self.steps_per_epoch} steps an epoch, {self.total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
-        if self.resumed:
-            say(f"{self.out}: continuing after step {self.start}" if self.start < self.stop else
-                f"{self.out}: already at step {self.start} of {self.total}; "
-                + ("finished: --overwrite starts anew, --out elsewhere" if self.start >= self.total else "a larger --steps goes on"))
+        if self.resumed and self.start < self.stop:
+            say(f"{self.out}: continuing after step {self.start}")
+        elif self.resumed:
+            hint = "a larger --steps goes on" if self.start < self.total else "finished: --overwrite starts anew, --out elsewhere"
+            say(f"{self.out}: already at step {self.start} of {self.total}; {hint}")
 
     def restore(self, model, optimizer, scaler, ema=None):
         """Put the checkpoint's state in its places. Raises ValueError if it does not fit."""
@@ -281,7 +282,7 @@ class Run:
         if busy:
             raise ValueError(f"another process is training in {self.out}: wait for it, or choose another --out")
         if not self.resumed:
-            self.commit(0, final=True)
+            self.commit(0)
         if self.note and os.path.exists(self.last):
             os.replace(self.last, os.path.join(self.out, "damaged.pt"))     # so that it won't become the previous one
         elif self.start == 0:
@@ -346,7 +347,8 @@ class Run:
             self.first = self.first or self.recent
             speed = (step - self.step) * self.batch_size / (time.time() - self.clock)
             self.step, self.clock = step, time.time()
-            self.write(self.recent | dict(lr=lr, skipped=counts["skipped"], replaced=counts["replaced"], images_per_second=speed), self.line)
+            more = dict(lr=lr, skipped=counts["skipped"], replaced=counts["replaced"], images_per_second=speed)
+            self.write(self.recent | more, self.line)
         if skipped:
             say(f"step {step} is left out: its loss or gradient is not finite ({counts['skipped']} so far)")
         if counts["in_a_row"] >= HOPELESS:
@@ -390,13 +392,14 @@ class Run:
         the run goes on, as the disk may be back before its end."""
         self.flush()
         self.names = set().union(*gather(self.names))
-        together(lambda: RANK == 0 and self.commit(done, final=done == self.stop or self.stopping))
+        together(lambda: RANK == 0 and self.commit(done))
         self.saving, self.names = False, set()
 
-    def commit(self, done, final):
+    def commit(self, done):
         state, self.next_save = self.snapshot(), time.time() + 60 * self.args.save_minutes
         if not all(bool(value.isfinite().all()) for value in state["model"].values()):
-            raise ValueError(f"the weights are no longer finite: try a smaller --lr. The last good checkpoint is {self.last}, of step {self.saved}")
+            raise ValueError(f"the weights are no longer finite: try a smaller --lr. The last good checkpoint is {self.last}, "
+                             f"of step {self.saved}")
         try:
             if self.names:
                 list_bad_images(self.out, self.names)
@@ -404,8 +407,9 @@ class Run:
                           self.previous if done else None)
             self.saved = done
         except OSError as error:
-            problem = f"{self.last} cannot be written ({error.strerror})" + (f"; there is still the one of step {self.saved}" if done else "")
-            if final:
+            kept = f"; there is still the one of step {self.saved}" if done else ""
+            problem = f"{self.last} cannot be written ({error.strerror}){kept}"
+            if done in (0, self.stop) or self.stopping:
                 raise ValueError(problem) from None
             say(f"{problem}. The run goes on, and tries again in a minute")
             self.next_save = min(self.next_save, time.time() + 60)

@@ -2103,7 +2103,7 @@ def test_the_loop_never_waits_for_the_gpu(script, arch, pictures, tmp_path, monk
             run.first = run.recent = dict(loss=1.0)
             run.pending = None
 
-    def commit(run, done, final):
+    def commit(run, done):
         run.next_save = math.inf
 
     def loader(views, batches, workers, pin, collate=None):

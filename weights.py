@@ -198,8 +198,9 @@ def load(model, source, where="the dictionary", head=True):
     if isinstance(source, (str, os.PathLike)):
         source, where = read(source), source
     kind, items = unpack(source, where)
-    own, names = model.state_dict(), {new for _, new, _ in items}
-    other_head = not head or "fc_norm.weight" in own and "fc_norm.weight" not in names     # learned on the class token, say
+    own, names = model.state_dict(), [new for _, new, _ in items]
+    pooled = "fc_norm.weight" in names                                      # a fine-tuned ViT, which has no final norm
+    other_head = not head or "fc_norm.weight" in own and not pooled         # learned on the class token, say
     found, resized, unused = {}, [], []
     for name, new, value in items:
         if new.startswith("head.") and other_head:
@@ -219,8 +220,7 @@ def load(model, source, where="the dictionary", head=True):
             unused.append(name)
     neutral = {n: torch.full_like(own[n], NEUTRAL[n.split(".")[-1]]) for n in own if n not in found and n.split(".")[-1] in NEUTRAL}
     missing = [n for n in own if n not in found and n not in neutral and own[n].is_floating_point()]
-    needed = "encoder." if "fc_norm.weight" not in names else "encoder.(?!norm)"                   # fine-tuned: it has no norm
-    if lost := [n for n in missing if re.match(needed, n)]:
+    if lost := [n for n in missing if n.startswith("encoder.") and not (pooled and n.startswith("encoder.norm."))]:
         raise ValueError(f"{where} has not all of this encoder, {lost[0]} for one: is it another architecture?")
     model.load_state_dict(found | neutral, strict=False)
     return {"format": kind, "loaded": list(found), "resized": resized, "neutral": list(neutral), "missing": missing, "unused": unused}
@@ -284,7 +284,8 @@ def starred(name):
 def describe(report):
     """What `load` did, in one line."""
     text = f"{report['format']}: {len(report['loaded'])} tensors loaded"
-    for key, what in dict(resized="resized", neutral="not in the file, set to change nothing", missing="new", unused="left in the file").items():
+    for key, what in (("resized", "resized"), ("neutral", "not in the file, set to change nothing"), ("missing", "new"),
+                      ("unused", "left in the file")):
         if kinds := list(dict.fromkeys(map(starred, report[key]))):
             text += f"; {what}: {', '.join(kinds[:6])}" + (f" and {len(kinds) - 6} more" if len(kinds) > 6 else "")
     return text
@@ -299,7 +300,7 @@ def export(source, to):
     which timm shares. Pre-trained: the final norm and no classifier; fine-tuned: mean pooling with fc_norm, classifier.
     """
     source, where = (source, "the dictionary") if isinstance(source, dict) else (read(source), source)
-    kept = ("encoder.", "fc_norm.", "head.")[:3 if run_of(source).get("task", "class") == "class" else 2]
+    kept = ("encoder.", "fc_norm.", "head.") if run_of(source).get("task", "class") == "class" else ("encoder.", "fc_norm.")
     state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(kept)}
     vit = "encoder.patch_embed.weight" in state
     if ("encoder.blocks.0.mlp.fc1.bias" if vit else "encoder.layer1.0.conv1.weight") not in state or "head.0.weight" in state:
