@@ -333,16 +333,15 @@ def constructor(state, vit, beit, to):
         call = f"{library}.ResNet({library}.{block}, {[depths[f'layer{i}'] for i in range(1, 5)]}, num_classes={classes or 1000})"
         return call if classes else call + "; model.fc = torch.nn.Identity()"
     dim, _, patch, _ = state["encoder.patch_embed.weight"].shape
-    table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
-    side = math.isqrt(state["encoder.pos_embed"].shape[1] - 1) if "encoder.pos_embed" in state else (math.isqrt(len(table) - 3) + 1) // 2
+    table, positions = state.get("encoder.blocks.0.attn.relative_position_bias_table"), state.get("encoder.pos_embed")
+    side = (math.isqrt(len(table) - 3) + 1) // 2 if positions is None else math.isqrt(positions.shape[1] - 1)
     options = dict(img_size=side * patch, patch_size=patch, embed_dim=dim, depth=depths["blocks"],
                    num_heads=table.shape[1] if beit else "HEADS",           # which a plain ViT does not show
                    mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.bias"]) / dim, num_classes=classes,
+                   init_values=0.1 if "encoder.blocks.0.gamma_1" in state else None,
                    global_pool="'avg'" if "fc_norm.weight" in state else "'token'")
     if beit:
-        options |= dict(use_abs_pos_emb="encoder.pos_embed" in state, use_rel_pos_bias=True)
-    if "encoder.blocks.0.gamma_1" in state:
-        options["init_values"] = 0.1
+        options |= dict(use_abs_pos_emb=positions is not None, use_rel_pos_bias=True)
     arguments = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"timm.models.{'beit.Beit' if beit else 'vision_transformer.VisionTransformer'}({arguments})"
 
