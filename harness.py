@@ -31,14 +31,14 @@ LAUNCH = None                                                               # wh
 PROGRAM = "train.py"                                                        # who speaks in messages: this, or finetune.py
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1                     # ask a run to save and leave
 STOPPED = 75                                                                # exit code of one that did (EX_TEMPFAIL)
-FILES = "recon.png", "best.pt", "result.json"                               # that train.py and finetune.py write beside ours
+FILES = "log.jsonl", "bad_images.txt", "recon.png", "best.pt", "result.json"        # of a run, beside its checkpoints
 HOPELESS = 20                                                               # so many steps in a row without finite numbers
 
 
 # ------------------------------------------------------------------------------------------------ processes
 
 def start_processes():
-    """(world, device). Joins the process group where torchrun started us; else one process. Raises ValueError."""
+    """(world, device). Joins the process group where torchrun started us; else one process. Leaves if there are too few GPUs."""
     global LAUNCH
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
@@ -46,7 +46,7 @@ def start_processes():
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
     if cuda:
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs: see --nproc_per_node")
+            fail(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {torch.cuda.device_count()} GPUs: see --nproc_per_node", everywhere=True)
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"attempt {ATTEMPT}", store)                   # or we'd wait for those whom an earlier attempt noted there
@@ -68,9 +68,8 @@ def sum_over_ranks(values):
 
 def gather(value):
     """The value of every process, in a list."""
-    values = [value]
+    values = [value] * world_size()
     if dist.is_initialized():
-        values = values * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
 
@@ -89,9 +88,9 @@ def say(text):
 def fail(problem, everywhere=False):
     """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2. `everywhere`: it
     is not found by all processes alike."""
-    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    line = str(problem).strip().rpartition("\n")[2].removeprefix("data.BadImage: ")         # a worker's ends a traceback
     if RANK == 0 or everywhere:
-        print(f"{PROGRAM}: " + lines[-1].removeprefix("data.BadImage: "), file=sys.stderr)   # a worker's ends a traceback
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -137,10 +136,7 @@ def launch(work, args, config):
         print(f"{PROGRAM}: stopped by {signal.Signals(number).name}", file=sys.stderr)
         sys.exit(STOPPED)
 
-    try:
-        processes = start_processes()                                       # where a handler of Python's could not run
-    except ValueError as error:
-        fail(error, everywhere=True)
+    processes = start_processes()                                           # where a handler of Python's could not run
     with on_signals(leave):
         try:
             code = work(args, config, *processes)
@@ -167,42 +163,28 @@ def launch(work, args, config):
 def list_bad_images(out, names):
     """Add lines to bad_images.txt, each once."""
     path = os.path.join(out, "bad_images.txt")
-    known = set()
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            known = set(file.read().splitlines())
     names = {name.replace("\n", " ") for name in names}
-    if not names <= known:
-        data.write_file(path, "".join(name + "\n" for name in sorted(names | known)).encode("utf-8", "surrogateescape"))
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="surrogateescape") as file:
+        names |= set(file.read().splitlines())
+    data.write_file(path, "".join(name + "\n" for name in sorted(names)).encode("utf-8", "surrogateescape"))
 
 
 class Run:
     """A training run in its folder: where it stands, its log and checkpoints, and what ends it before its last step.
 
     identity is what may not change when it continues, total how many steps it has. Raises ValueError if something else lives
-    in the folder.
-
-        with run.underway(snapshot, columns, line, batch_size):
-            for step in range(run.start, run.stop):
-                ...                                                         # forward and backward
-                sums = run.agree(losses, lines on unreadable images)        # over all processes
-                run.report(step + 1, sums, whether it was skipped, lr)
-                if run.due(step + 1):
-                    run.save(step + 1)
-                if run.stopping and step + 1 < run.stop:
-                    return run.leave(step + 1)
+    in the folder. The loop, in `underway`, calls `agree` and `report` in each step, then if they are due `save` and `leave`.
     """
 
     def __init__(self, args, out, identity, total):
-        self.args, self.out, self.identity, self.total = args, out, identity, total
-        self.last, self.previous, self.damaged, self.log, self.bad = (
-            os.path.join(out, name) for name in ("last.pt", "previous.pt", "damaged.pt", "log.jsonl", "bad_images.txt"))
-        self.note, self.counts = None, dict(skipped=0, in_a_row=0, replaced=0, this_epoch=0)
-        self.state, self.stamp = self.find(), self.written()
-        self.resumed, self.start = self.state is not None, self.state["step"] if self.state else 0
-        self.stop = total if args.steps is None else min(args.steps, total)
-        if self.resumed:
-            self.counts |= self.state.pop("counts")
+        self.args, self.out, self.identity, self.total, self.steps_per_epoch = args, out, identity, total, total // identity["epochs"]
+        self.last, self.previous, self.log = (os.path.join(out, name) for name in ("last.pt", "previous.pt", "log.jsonl"))
+        self.note, self.stamp = None, self.written()
+        self.state = self.find()
+        self.resumed, self.start, self.counts = False, 0, dict(skipped=0, in_a_row=0, replaced=0, this_epoch=0)
+        if self.state:
+            self.resumed, self.start, self.counts = True, self.state["step"], self.state["counts"]
+        self.stop = min(args.steps or total, total)
 
     # ---- what is there
 
@@ -211,9 +193,8 @@ class Run:
         if self.args.overwrite and not ATTEMPT:
             return None
         paths = [path for path in (self.last, self.previous) if os.path.exists(path)]
-        if not paths and not self.args.overwrite and (other := [name for name in ("log.jsonl", *FILES) if os.path.exists(os.path.join(self.out, name))]):
-            raise ValueError(f"{self.out} holds a {other[0]} but no last.pt: choose another --out, or --overwrite")
-        problems = []
+        others = [name for name in FILES if os.path.exists(os.path.join(self.out, name))]
+        problems = [f"{self.out} holds a {others[0]} but no last.pt"] if others and not paths else []
         for path in paths:
             try:
                 state = weights.read(path, sealed=True)
@@ -236,9 +217,7 @@ class Run:
 
     def check(self, path, state):
         """Raises ValueError unless the state is one of this run."""
-        keys = dict(identity=dict, step=int, counts=dict, model=dict, optimizer=dict, scaler=dict)
-        if (not all(isinstance(state.get(key), kind) for key, kind in keys.items()) or set(state["counts"]) != set(self.counts)
-                or not all(type(number) is int and number >= 0 for number in (state["step"], *state["counts"].values()))):
+        if not {"identity", "step", "counts", "model", "optimizer", "scaler"} <= state.keys():
             raise ValueError(f"{path} is no checkpoint of this program: choose another --out, or --overwrite")
         there = state["identity"]
         if differ := [f"{k} ({there.get(k)} there, {v} here)" for k, v in self.identity.items() if repr(there.get(k)) != repr(v)]:
@@ -251,11 +230,12 @@ class Run:
         if self.note:
             say(self.note)
         say(f"batch {config['batch_size']} = {world_size()} process(es) × {micro_batch} images × {accumulate} accumulated; "
-            f"{self.total // config['epochs']} steps an epoch, {self.total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
-        if self.resumed:
-            say(f"{self.out}: continuing after step {self.start}" if self.start < self.stop else
-                f"{self.out}: already at step {self.start} of {self.total}; "
-                + ("finished: --overwrite starts anew, --out elsewhere" if self.start >= self.total else "a larger --steps goes on"))
+            f"{self.steps_per_epoch} steps an epoch, {self.total} in {config['epochs']} epochs; lr {config['lr']:.3g}")
+        if self.resumed and self.start < self.stop:
+            say(f"{self.out}: continuing after step {self.start}")
+        elif self.resumed:
+            hint = "a larger --steps goes on" if self.start < self.total else "finished: --overwrite starts anew, --out elsewhere"
+            say(f"{self.out}: already at step {self.start} of {self.total}; {hint}")
 
     def restore(self, model, optimizer, scaler, ema=None):
         """Put the checkpoint's state in its places. Raises ValueError if it does not fit."""
@@ -267,8 +247,8 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             if scaler.is_enabled() and state["scaler"]:                     # --amp may change from run to run
                 scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"the checkpoint does not fit this model: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
 
     # ---- under way
 
@@ -280,19 +260,14 @@ class Run:
         text for people.
         """
         self.snapshot, self.columns, self.line, self.batch_size = snapshot, columns, line, batch_size
-        self.steps_per_epoch = self.total // self.identity["epochs"]
         self.asked, self.stopping, self.saving, self.problem, self.names = False, False, False, None, set()
         self.pending, self.first, self.recent, self.unwritten, self.saved = None, None, None, [], self.start
-        self.held = together(lambda: self.take() if RANK == 0 else None)
+        self.next_save = time.time() + 60 * self.args.save_minutes
+        held = together(lambda: self.take() if RANK == 0 else contextlib.nullcontext())
         self.bar = tqdm(total=self.total, initial=self.start, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
         self.step, self.clock = self.start, time.time()
-        try:
-            with on_signals(self.ask):
-                yield
-        finally:
-            self.bar.close()
-            if self.held:
-                self.held.close()
+        with held, self.bar, on_signals(self.ask):
+            yield
 
     def take(self):
         """Lock the folder. A new run writes its first checkpoint, so that it is found at once if it cannot, and removes what
@@ -302,21 +277,18 @@ class Run:
         try:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             busy = self.written() != self.stamp                             # it was, until now
-        except (BlockingIOError, PermissionError):
-            busy = True
-        except OSError:                                                     # a file system without locks
-            busy = False
+        except OSError as error:                                            # of another kind: a file system without locks
+            busy = isinstance(error, (BlockingIOError, PermissionError))
         if busy:
             raise ValueError(f"another process is training in {self.out}: wait for it, or choose another --out")
-        self.next_save = time.time() + 60 * self.args.save_minutes
         if not self.resumed:
-            self.commit(0, final=True)
+            self.commit(0)
         if self.note and os.path.exists(self.last):
-            os.replace(self.last, self.damaged)                             # so that it won't become the previous one
+            os.replace(self.last, os.path.join(self.out, "damaged.pt"))     # so that it won't become the previous one
         elif self.start == 0:
-            for path in (self.previous, self.damaged, self.bad, self.log, *(os.path.join(self.out, name) for name in FILES)):
+            for name in ("previous.pt", "damaged.pt", *FILES):
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
+                    os.remove(os.path.join(self.out, name))
         if os.path.exists(self.log):
             with open(self.log, errors="replace") as file:
                 steps = [(line, re.match(r'\{"step": (\d+),.*\}\n$', line)) for line in file]
@@ -328,8 +300,9 @@ class Run:
         if self.asked and number == signal.SIGINT:
             leave_at_once(128 + number)
         if not self.asked and RANK == 0:
+            text = f"{PROGRAM}: {signal.Signals(number).name}: stopping after this step (Ctrl-C: at once)\n"
             with contextlib.suppress(OSError):                              # the terminal may be what went away
-                os.write(2, f"{'' if self.bar.disable else chr(10)}{PROGRAM}: {signal.Signals(number).name}: stopping after this step (Ctrl-C: at once)\n".encode())
+                os.write(2, (text if self.bar.disable else "\n" + text).encode())
         self.asked = True
 
     def agree(self, values, problems=()):
@@ -364,18 +337,18 @@ class Run:
         *values, asked, due, unreadable, skipped = host.tolist()
         self.stopping |= asked > 0
         self.saving |= due > 0
-        counts, new = self.counts, step % self.steps_per_epoch == 1 or self.steps_per_epoch == 1
+        counts, (epoch, within) = self.counts, divmod(step - 1, self.steps_per_epoch)
         counts["skipped"] += int(skipped)
         counts["in_a_row"] = counts["in_a_row"] + 1 if skipped else 0
         counts["replaced"] += int(unreadable)
-        counts["this_epoch"] = int(unreadable) + (0 if new else counts["this_epoch"])
+        counts["this_epoch"] = int(unreadable) + (counts["this_epoch"] if within else 0)
         if step % self.args.log_every == 0 or step in (self.start + 1, self.stop):
-            epoch = (step - 1) // self.steps_per_epoch + 1
-            self.recent = dict(step=step, epoch=epoch) | dict(zip(self.columns, values))
+            self.recent = dict(step=step, epoch=epoch + 1) | dict(zip(self.columns, values))
             self.first = self.first or self.recent
             speed = (step - self.step) * self.batch_size / (time.time() - self.clock)
             self.step, self.clock = step, time.time()
-            self.write(self.recent | dict(lr=lr, skipped=counts["skipped"], replaced=counts["replaced"], images_per_second=speed), self.line)
+            more = dict(lr=lr, skipped=counts["skipped"], replaced=counts["replaced"], images_per_second=speed)
+            self.write(self.recent | more, self.line)
         if skipped:
             say(f"step {step} is left out: its loss or gradient is not finite ({counts['skipped']} so far)")
         if counts["in_a_row"] >= HOPELESS:
@@ -385,7 +358,7 @@ class Run:
         if unreadable and counts["this_epoch"] > self.args.max_bad * images:
             self.stopping, self.problem = True, (
                 f"{counts['this_epoch']} of the {images:,} images of this epoch could not be read, more than --max-bad "
-                f"{self.args.max_bad:g}: repair or remove those in {self.bad}, or allow more")
+                f"{self.args.max_bad:g}: repair or remove those in {os.path.join(self.out, 'bad_images.txt')}, or allow more")
         return self.stopping
 
     def write(self, entry, text):
@@ -411,21 +384,22 @@ class Run:
 
     def due(self, done):
         """Whether to save now; the same on all processes."""
-        every = (self.args.save_epochs or 0) * self.steps_per_epoch
-        return done == self.stop or self.stopping or self.saving or every > 0 and done % every == 0
+        epochs = self.args.save_epochs
+        return done == self.stop or self.stopping or self.saving or bool(epochs) and done % (epochs * self.steps_per_epoch) == 0
 
     def save(self, done):
         """Write a checkpoint, on the first process. Leaves with a line if it is the last one and can't be written; if it is not,
         the run goes on, as the disk may be back before its end."""
         self.flush()
         self.names = set().union(*gather(self.names))
-        together(lambda: RANK == 0 and self.commit(done, final=done == self.stop or self.stopping))
+        together(lambda: RANK == 0 and self.commit(done))
         self.saving, self.names = False, set()
 
-    def commit(self, done, final):
-        state, minutes = self.snapshot(), self.args.save_minutes
+    def commit(self, done):
+        state, self.next_save = self.snapshot(), time.time() + 60 * self.args.save_minutes
         if not all(bool(value.isfinite().all()) for value in state["model"].values()):
-            raise ValueError(f"the weights are no longer finite: try a smaller --lr. The last good checkpoint is {self.last}, of step {self.saved}")
+            raise ValueError(f"the weights are no longer finite: try a smaller --lr. The last good checkpoint is {self.last}, "
+                             f"of step {self.saved}")
         try:
             if self.names:
                 list_bad_images(self.out, self.names)
@@ -433,12 +407,12 @@ class Run:
                           self.previous if done else None)
             self.saved = done
         except OSError as error:
-            problem = f"{self.last} cannot be written ({error.strerror})" + (f"; there is still the one of step {self.saved}" if done else "")
-            if final:
+            kept = f"; there is still the one of step {self.saved}" if done else ""
+            problem = f"{self.last} cannot be written ({error.strerror}){kept}"
+            if done in (0, self.stop) or self.stopping:
                 raise ValueError(problem) from None
             say(f"{problem}. The run goes on, and tries again in a minute")
-            minutes = min(1, minutes)
-        self.next_save = time.time() + 60 * minutes
+            self.next_save = min(self.next_save, time.time() + 60)
 
     def attempt(self, work, *args):
         """Write what a run can do without. Returns whether that went well."""

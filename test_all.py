@@ -919,7 +919,6 @@ BAD = [  # options, what the one line must say
     ("--out {tmp}/hostile", "has no checksum: it is damaged, or no checkpoint of this program"),
     ("--out {tmp}/sealed", "holds Python objects beside tensors, which are never run here"),
     ("--out {tmp}/elsewhere", "no checkpoint of this program"),
-    ("--out {tmp}/before", "no checkpoint of this program"),
     ("--out {tmp}/tensor", "mask_ratio (tensor([1., 1.]) there, 0.6 here)"),
     ("--out {tmp}/held", "another process is training in {tmp}/held"),
     ("--save-minutes -1", "-1 is not 0 or more"),
@@ -967,9 +966,8 @@ def bad_inputs(tmp_path):
         (tmp_path / name).mkdir()
         weights.write(str(tmp_path / name / "last.pt"), state) if name != "hostile" else torch.save(state, tmp_path / name / "last.pt")
     (tmp_path / "held").mkdir()
-    for name, state in (("before", checkpoint(identity, step=-3)), ("tensor", checkpoint(identity | dict(mask_ratio=torch.ones(2))))):
-        (tmp_path / name).mkdir()
-        weights.write(str(tmp_path / name / "last.pt"), state)
+    (tmp_path / "tensor").mkdir()
+    weights.write(str(tmp_path / "tensor" / "last.pt"), checkpoint(identity | dict(mask_ratio=torch.ones(2))))
     torch.save({"state_dict": {}}, tmp_path / "foreign" / "last.pt")
     (tmp_path / "damaged" / "last.pt").write_text("hello")
     return tmp_path
@@ -2105,7 +2103,7 @@ def test_the_loop_never_waits_for_the_gpu(script, arch, pictures, tmp_path, monk
             run.first = run.recent = dict(loss=1.0)
             run.pending = None
 
-    def commit(run, done, final):
+    def commit(run, done):
         run.next_save = math.inf
 
     def loader(views, batches, workers, pin, collate=None):

@@ -9,15 +9,14 @@ a test on the names, and a table that turns each name into ours. `open_model(pat
 import argparse
 import collections
 import contextlib
-import functools
 import hashlib
 import math
 import os
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import data
 import model as models
@@ -67,14 +66,14 @@ def translate(state, table):
         new = name
         for pattern, replacement in table:
             new = re.sub(pattern, replacement, new)
-        if new.endswith("attn.qkv.bias") and value.ndim == 1:                                  # the softmax cancels the bias of the keys
+        if re.match(r"encoder\.blocks\..*attn\.qkv\.bias", new):           # the softmax cancels the bias of the keys
             q, _, v = value.chunk(3)
             yield name, new.replace("qkv.bias", "q_bias"), q
             yield name, new.replace("qkv.bias", "v_bias"), v
         elif new == "encoder.rel_pos_bias.relative_position_bias_table":    # one table for all blocks
             for block in blocks:
                 yield name, f"encoder.{block}attn.relative_position_bias_table", value
-        elif not new.endswith(("relative_position_index", "attn.k_bias")):  # computed; always zero
+        elif not re.match(r"encoder\.(blocks|rel_pos).*(relative_position_index|attn\.k_bias)", new):      # computed; always zero
             yield name, new, value.flatten() if new.startswith("mask_token.") else value    # ours are vectors
 
 
@@ -83,18 +82,19 @@ def translate(state, table):
 SEAL = b"\nsha256 "         # PyTorch's file, then this, then the digest of all before it: torch.load reads over bit flips
 
 
-def broken_seal(file, needed):
-    """What is wrong with the end of an open file; None if nothing is."""
+def check_seal(file, path, needed):
+    """Compare an open file with the digest at its end. Raises ValueError if they differ, or if a needed one is missing."""
     length = file.seek(0, os.SEEK_END) - len(SEAL) - 64
     file.seek(max(0, length))
     seal, sha = file.read(), hashlib.sha256()
-    if not seal.startswith(SEAL):
-        return "has no checksum: it is damaged, or no checkpoint of this program" if needed else None
     file.seek(0)
-    while length and (block := file.read(min(length, 2 ** 22))):
-        sha.update(block)
-        length -= len(block)
-    return None if seal == SEAL + sha.hexdigest().encode() else "is damaged: its checksum differs"
+    if seal.startswith(SEAL):
+        for start in range(0, length, 2 ** 22):
+            sha.update(file.read(min(2 ** 22, length - start)))
+        if seal != SEAL + sha.hexdigest().encode():
+            raise ValueError(f"{path} is damaged: its checksum differs")
+    elif needed:
+        raise ValueError(f"{path} has no checksum: it is damaged, or no checkpoint of this program")
 
 
 def read(path, sealed=False):
@@ -104,17 +104,13 @@ def read(path, sealed=False):
         raise ValueError(f"no checkpoint at {path!r}")
     try:
         with open(path, "rb") as file:
-            if problem := broken_seal(file, sealed):
-                raise ValueError(f"{path} {problem}")
-            file.seek(0)
-            start = file.read(1)
+            check_seal(file, path, sealed)
             file.seek(0)
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load has no one exception for what is no checkpoint, or no mere data
-                unsafe = start in (b"P", b"\x80") and ("weights_only" in str(error) or "Unsupported" in str(error))
-                raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict "
-                                 "alone and pass that" if unsafe else f"{path} is no PyTorch checkpoint, or is damaged") from None
+            except Exception as error:                                      # of many kinds; a GLOBAL is pickle's word for what it would run
+                raise ValueError(f"{path} holds Python objects beside tensors, which are never run here: save its state_dict alone and "
+                                 "pass that" if "GLOBAL" in str(error) else f"{path} is no PyTorch checkpoint, or is damaged") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(state, dict):
@@ -146,7 +142,7 @@ def write(path, state, previous=None):
             try:
                 torch.save(state, sealed)
             except RuntimeError as error:
-                raise OSError(sealed.problem.errno, sealed.problem.strerror) if sealed.problem else error
+                raise sealed.problem or error
             file.write(SEAL + sealed.sha.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
@@ -183,18 +179,17 @@ def resize_positions(name, value, like):
     (antialiased, corners not aligned: a place keeps its share of the image, an offset about its share). What belongs to
     the class token, at one end or the other, is kept. For absolute positions timm does the same.
     """
-    if name.endswith("pos_embed") and value.ndim == like.ndim == 3:
-        tokens, rest, wanted = value[0, 1:], value[0, :1], like.shape[1] - 1
-    elif name.endswith("relative_position_bias_table") and value.ndim == like.ndim == 2:
-        tokens, rest, wanted = value[:-3], value[-3:], like.shape[0] - 3
-    else:
+    absolute, relative = name.endswith("pos_embed"), name.endswith("relative_position_bias_table")
+    if not (absolute or relative) or value.ndim != like.ndim or value.shape[-1] != like.shape[-1]:
         return None
+    tokens, rest = (value[0, 1:], value[0, :1]) if absolute else (value[:-3], value[-3:])
+    wanted = like.shape[-2] - len(rest)
     old, new = math.isqrt(len(tokens)), math.isqrt(wanted)
-    if value.shape[-1] != like.shape[-1] or old * old != len(tokens) or new * new != wanted:
+    if old * old != len(tokens) or new * new != wanted:
         return None
     grid = tokens.T.reshape(1, -1, old, old).float()
     tokens = F.interpolate(grid, (new, new), mode="bicubic", antialias=True).flatten(2)[0].T.to(value.dtype)
-    return torch.cat([rest, tokens])[None] if name.endswith("pos_embed") else torch.cat([tokens, rest])
+    return torch.cat([rest, tokens])[None] if absolute else torch.cat([tokens, rest])
 
 
 def load(model, source, where="the dictionary", head=True):
@@ -203,14 +198,15 @@ def load(model, source, where="the dictionary", head=True):
     source: a path, or the dictionary such a file holds (`where` it is from), in a format of FORMATS. Positions are
     resized to the model's image size. What the file's encoder lacks by design (see NEUTRAL) gets the value that changes
     nothing. Returns {"format", "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for
-    `unused`, the file's. head=False leaves a classifier in the file. Raises ValueError, and leaves the model as it was, if the format is unknown or the encoder is
-    another one.
+    `unused`, the file's. head=False leaves a classifier in the file. Raises ValueError, and leaves the model as it was, if
+    the format is unknown or the encoder is another one.
     """
     if isinstance(source, (str, os.PathLike)):
         source, where = read(source), source
     kind, items = unpack(source, where)
-    own, names = model.state_dict(), {new for _, new, _ in items}
-    other_head = not head or "fc_norm.weight" in own and "fc_norm.weight" not in names     # learned on the class token, say
+    own, names = model.state_dict(), [new for _, new, _ in items]
+    pooled = "fc_norm.weight" in names                                      # a fine-tuned ViT, which has no final norm
+    other_head = not head or "fc_norm.weight" in own and not pooled         # learned on the class token, say
     found, resized, unused = {}, [], []
     for name, new, value in items:
         if new.startswith("head.") and other_head:
@@ -228,16 +224,12 @@ def load(model, source, where="the dictionary", head=True):
                              "architecture of the file")
         else:
             unused.append(name)
-    missing = [name for name in own if name not in found and own[name].is_floating_point()]
-    neutral = [n for n in missing if n.startswith("encoder.") and n.split(".")[-1] in NEUTRAL]
-    fresh = [n for n in missing if n.startswith("encoder.norm.") and "fc_norm.weight" in names]    # fine-tuned: it has none
-    missing = [n for n in missing if n not in neutral]
-    if lost := [n for n in missing if n.startswith("encoder.") and n not in fresh]:
+    neutral = {n: torch.full_like(own[n], NEUTRAL[n.split(".")[-1]]) for n in own if n not in found and n.split(".")[-1] in NEUTRAL}
+    missing = [n for n in own if n not in found and n not in neutral and own[n].is_floating_point()]
+    if lost := [n for n in missing if n.startswith("encoder.") and not (pooled and n.startswith("encoder.norm."))]:
         raise ValueError(f"{where} has not all of this encoder, {lost[0]} for one: is it another architecture?")
-    found |= {name: torch.full_like(own[name], NEUTRAL[name.split(".")[-1]]) for name in neutral}
-    model.load_state_dict(found, strict=False)
-    return {"format": kind, "loaded": [n for n in found if n not in neutral], "resized": resized, "neutral": neutral,
-            "missing": missing, "unused": unused}
+    model.load_state_dict(found | neutral, strict=False)
+    return {"format": kind, "loaded": list(found), "resized": resized, "neutral": list(neutral), "missing": missing, "unused": unused}
 
 
 def run_of(checkpoint):
@@ -257,9 +249,9 @@ def recognise(state, size=224, presets=models.PRESETS, where="the dictionary", c
         return {name: tuple(value.shape) for name, value in state.items() if name.startswith("encoder.") and name.endswith(".weight")
                 and value.ndim > 1 and "patch_embed" not in name}
 
-    options, table = {}, state.get("encoder.blocks.0.attn.relative_position_bias_table")
-    first = next((state[name] for name in FIRST if name in state), None)
-    options["channels"] = channels if first is None else first.shape[1]
+    first, table = [state[name] for name in FIRST if name in state], state.get("encoder.blocks.0.attn.relative_position_bias_table")
+    channels = first[0].shape[1] if first else channels
+    options = {} if channels == 3 else dict(channels=channels)
     if "encoder.patch_embed.weight" in state:
         options["patch_size"] = patch = state["encoder.patch_embed.weight"].shape[-1]
         if "encoder.pos_embed" in state:
@@ -293,20 +285,19 @@ def open_model(path):
     return model, dict(arch=arch, size=size, run=run, classes=classes if isinstance(classes, list) else None) | report
 
 
+def starred(name):
+    """The name without its number, one for all blocks."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
 def describe(report):
     """What `load` did, in one line."""
-    parts = [f"{report['format']}: {len(report['loaded'])} tensors loaded"]
-    for key, text in (("resized", "resized"), ("neutral", "not in the file, set to change nothing"),
-                      ("missing", "new"), ("unused", "left in the file")):
-        if report[key]:
-            parts.append(f"{text}: {summary(report[key])}")
-    return "; ".join(parts)
-
-
-def summary(names, most=6):
-    """Names, those that differ in a number only once."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-    return ", ".join(kinds[:most]) + (f" and {len(kinds) - most} more" if len(kinds) > most else "")
+    text = f"{report['format']}: {len(report['loaded'])} tensors loaded"
+    for key, what in (("resized", "resized"), ("neutral", "not in the file, set to change nothing"), ("missing", "new"),
+                      ("unused", "left in the file")):
+        if kinds := list(dict.fromkeys(map(starred, report[key]))):
+            text += f"; {what}: {', '.join(kinds[:6])}" + (f" and {len(kinds) - 6} more" if len(kinds) > 6 else "")
+    return text
 
 
 # ------------------------------------------------------------------------------------------------ out
@@ -319,53 +310,55 @@ def export(source, to):
     which timm shares. Pre-trained: the final norm and no classifier; fine-tuned: mean pooling with fc_norm, classifier.
     """
     source, where = (source, "the dictionary") if isinstance(source, dict) else (read(source), source)
-    run = source.get("identity")
-    kept = ["encoder.", "fc_norm."] + ["head."] * (not isinstance(run, dict) or run.get("task", "class") == "class")
-    state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(tuple(kept))}
+    run = run_of(source)
+    kept = ("encoder.", "fc_norm.", "head.") if run.get("task", "class") == "class" else ("encoder.", "fc_norm.")
+    state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(kept)}
     if to == "encoder" or "encoder.features.0.0.weight" in state:
-        arch, size, options = recognise(state, run_of(source).get("img_size", 224), channels=run_of(source).get("channels", 3))
-        return as_encoder(state, arch, size, options) if to == "encoder" else as_torchvision(state, arch, to)
+        return export_own(state, to, *recognise(state, run.get("img_size", 224), channels=run.get("channels", 3)))
     vit = "encoder.patch_embed.weight" in state
     if ("encoder.blocks.0.mlp.fc1.bias" if vit else "encoder.layer1.0.conv1.weight") not in state or "head.0.weight" in state:
         raise ValueError(f"{where} holds no ViT and no ResNet of the forms that {to} has")
     if vit and to != "timm":
         raise ValueError(f"a ViT has no counterpart of the same form in {to}: --to timm")
-    if not vit and state["encoder.conv1.weight"].shape[1:] != (3, 7, 7):
-        raise ValueError(f"{to} has no ResNet with a 3×3 stem (resnet_nano)")
+    if not vit and (stem := tuple(state["encoder.conv1.weight"].shape[1:])) != (3, 7, 7):
+        raise ValueError(f"{to} has no ResNet with a stem of {' × '.join(map(str, stem))} (channels, height, width): --to encoder")
     beit, out = any("relative_position" in name for name in state), {}
     for name, value in state.items():
         name = name.removeprefix("encoder.").replace("patch_embed.", "patch_embed.proj.")
         if not vit:
             name = name.replace("head.", "fc.")
-        elif not beit and name.endswith("v_bias"):
-            continue
-        elif not beit and name.endswith("q_bias"):
-            v = state["encoder." + name.replace("q_bias", "v_bias")]
-            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, torch.zeros_like(v), v])
-        elif not beit:
-            name = re.sub(r"gamma_(\d)$", r"ls\1.gamma", name)
-        out[name] = value.clone()
+        elif not beit:                                                      # one bias for queries, keys (they need none) and values
+            name = re.sub(r"gamma_(\d)$", r"ls\1.gamma", name).replace("q_bias", "qkv.bias")
+            if name.endswith("qkv.bias"):
+                v = state["encoder." + name.replace("qkv.bias", "v_bias")]
+                value = torch.cat([value, torch.zeros_like(v), v])
+        if beit or not name.endswith("v_bias"):
+            out[name] = value.clone()
     return out, constructor(state, vit, beit, to)
 
 
-def as_encoder(state, arch, size, options):
-    arguments = "".join(f", {key}={value}" for key, value in options.items())
-    return ({name.removeprefix("encoder."): value.clone() for name, value in state.items() if name.startswith("encoder.")},
-            f"model.build('{arch}', {size}{arguments}).encoder")
-
-
-def as_torchvision(state, arch, to):
-    """Of a model.TorchVision. A fine-tuned Swin's norm and classifier stay behind: theirs come before the mean over positions."""
-    if to != "torchvision":
-        raise ValueError(f"{arch} has torchvision's names: --to torchvision")
-    swin, classes = "swin" in arch, len(state["head.bias"]) if "head.bias" in state else 0
-    names = [(r"^encoder\.norm\.|^fc_norm\.", "norm." if swin else "classifier.0."), (r"^head\.", "classifier.2."), (r"^encoder\.", "")]
-    if swin and "fc_norm.weight" in state:
-        state, unused = {name: value for name, value in state.items() if name.startswith("encoder.features.")}, "model.norm = model.head"
+def export_own(state, to, arch, size, options):
+    """An encoder under its own names, which for ConvNeXt and Swin are torchvision's. A fine-tuned Swin's norm and classifier stay
+    behind: torchvision has the norm before the mean over positions."""
+    make, classes, unused = models.PRESETS[arch].get("make"), len(state.get("head.bias", ())), []
+    if to == "encoder":
+        names, call = [], f"model.build({arch!r}, {size}{''.join(f', {key}={value}' for key, value in options.items())}).encoder"
+        unused = [".norm"] * ("fc_norm.weight" in state)
+    elif to == "timm":
+        raise ValueError(f"{arch} is torchvision's: --to torchvision")
     else:
-        unused = "" if classes else "model.head" if swin else "model.classifier[2]"
-    out = {functools.reduce(lambda name, pair: re.sub(*pair, name), names, name): value.clone() for name, value in state.items()}
-    return out, f"torchvision.models.{models.PRESETS[arch]['make'].__name__}(num_classes={classes or 1000})" + (f"; {unused} = torch.nn.Identity()" if unused else "")
+        names = [("encoder.norm.", "classifier.0."), ("fc_norm.", "classifier.0."), ("head.", "classifier.2.")]
+        call = f"torchvision.models.{make.__name__}(num_classes={classes or 1000})"
+        if make is torchvision.models.swin_t:
+            names, unused = [], [".head"] if "encoder.norm.weight" in state else [".norm", ".head"]
+        elif not classes:
+            unused = [".classifier[2]"]
+    out = {}
+    for name, value in state.items():
+        new = next((name.replace(old, new) for old, new in names if name.startswith(old)), name.removeprefix("encoder."))
+        if new != name:
+            out[new] = value.clone()
+    return out, "; ".join([call, *(f"model{part} = torch.nn.Identity()" for part in unused)])
 
 
 def constructor(state, vit, beit, to):
@@ -373,21 +366,21 @@ def constructor(state, vit, beit, to):
     classes = len(state["head.bias"]) if "head.bias" in state else 0
     depths = collections.Counter(m[1] for n in state if (m := re.match(r"encoder\.(blocks|layer\d)\.\d+\.(?:norm1|bn1)\.weight", n)))
     if not vit:
-        block = "Bottleneck" if "encoder.layer1.0.conv3.weight" in state else "BasicBlock"
-        call = f"({to}.models.resnet.{block}, {[depths[f'layer{i}'] for i in range(1, 5)]}, num_classes={classes or 1000})"
-        note = "" if classes else "; model.fc = torch.nn.Identity()"
-        return f"{to}.models.resnet.ResNet{call}{note}"
-    dim, _, patch, _ = state["encoder.patch_embed.weight"].shape
-    table = state.get("encoder.blocks.0.attn.relative_position_bias_table")
-    side = math.isqrt(state["encoder.pos_embed"].shape[1] - 1) if "encoder.pos_embed" in state else (math.isqrt(len(table) - 3) + 1) // 2
+        block, library = "Bottleneck" if "encoder.layer1.0.conv3.weight" in state else "BasicBlock", f"{to}.models.resnet"
+        call = f"{library}.ResNet({library}.{block}, {[depths[f'layer{i}'] for i in range(1, 5)]}, num_classes={classes or 1000})"
+        return call if classes else call + "; model.fc = torch.nn.Identity()"
+    dim, channels, patch, _ = state["encoder.patch_embed.weight"].shape
+    table, positions = state.get("encoder.blocks.0.attn.relative_position_bias_table"), state.get("encoder.pos_embed")
+    side = (math.isqrt(len(table) - 3) + 1) // 2 if positions is None else math.isqrt(positions.shape[1] - 1)
     options = dict(img_size=side * patch, patch_size=patch, embed_dim=dim, depth=depths["blocks"],
                    num_heads=table.shape[1] if beit else "HEADS",           # which a plain ViT does not show
                    mlp_ratio=len(state["encoder.blocks.0.mlp.fc1.bias"]) / dim, num_classes=classes,
+                   init_values=0.1 if "encoder.blocks.0.gamma_1" in state else None,
                    global_pool="'avg'" if "fc_norm.weight" in state else "'token'")
+    if channels != 3:
+        options["in_chans"] = channels
     if beit:
-        options |= dict(use_abs_pos_emb="encoder.pos_embed" in state, use_rel_pos_bias=True)
-    if "encoder.blocks.0.gamma_1" in state:
-        options["init_values"] = 0.1
+        options |= dict(use_abs_pos_emb=positions is not None, use_rel_pos_bias=True)
     arguments = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"timm.models.{'beit.Beit' if beit else 'vision_transformer.VisionTransformer'}({arguments})"
 
@@ -406,7 +399,7 @@ def show(path):
             print(f"{key}: {value}")
         elif key == "identity" and isinstance(value, dict):
             print("run: " + ", ".join(f"{k} {v}" for k, v in value.items() if v is not None))
-    groups = collections.Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(value.shape), str(value.dtype)[6:]) for _, name, value in items)
+    groups = collections.Counter((starred(name), tuple(value.shape), str(value.dtype)[6:]) for _, name, value in items)
     for (name, shape, dtype), times in groups.items():
         print(f"  {name}  {shape} {dtype}" + (f" × {times}" if times > 1 else ""))
 
@@ -425,18 +418,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.command == "show":
-            show(args.file)
-            return
+            return show(args.file)
         state, call = export(args.checkpoint, args.to)
         if os.path.exists(args.out) or not os.path.basename(args.out):
             raise ValueError(f"{args.out!r} exists, or names no file: choose another name, or remove it")
         write(args.out, state)
+        print(f"{args.out}: {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "")
+              + f":\n  import torch, {'model' if args.to == 'encoder' else args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
     except (ValueError, OSError) as error:
-        print(f"weights.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    what = "encoder and classifier" if any(name.startswith(("head.", "fc.")) for name in state) else "encoder"
-    print(f"{args.out}: {what}, {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "")
-          + f":\n  import torch, {'model' if args.to == 'encoder' else args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
+        parser.error(error)
 
 
 if __name__ == "__main__":
