@@ -1,12 +1,11 @@
 """How fast, against what, and how far from the limit.
 
-  python bench.py                                          every table below; half an hour on two cores
+  python bench.py                                          every table below; at most half an hour on two cores
   python bench.py loader --data path/to/photos             from disk to batch, beside the usual PIL pipeline
   python bench.py loss                                     our frequency loss, beside two FFTs of every image
   python bench.py step --arch vit_b resnet50               a training step, beside this machine's own matrix product
-  python bench.py safety                                   what checkpoints and checks cost
   python bench.py memory --arch deit_t                     memory and time of a step, by batch and image size
-  python bench.py scaling                                  processes; packs of 1,000 to 100,000 images
+  python bench.py scaling                                  training on several processes
 
 What is compared runs in turn, again and again, and every figure is a median. Machines are noisy: run it on an idle one, and
 believe the ratios more than the times.
@@ -34,11 +33,9 @@ from tqdm import tqdm
 
 import data
 import finetune
-import harness
 import losses
 import masking
 import train
-import weights
 
 CORES = data.cores()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -340,52 +337,6 @@ def fed(step, path, args):
     return steps * batch / (time.perf_counter() - began)
 
 
-# ------------------------------------------------------------------------------------------------ what safety costs
-
-def bench_safety(args):
-    """What it costs to survive: checkpoints (written, synchronised with the disk, summed up; and read) every ten minutes, and the
-    checks of each step, beside clipping and optimizer alone."""
-    rows = []
-    for arch in args.arch or ["vit_b", "resnet50"]:
-        step = Step(arch, args.batch or (train.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8), amp=args.amp)
-        step()                                                              # the optimizer has its state
-        model, optimizer, clip = step.model, step.optimizer, step.config["clip"]
-        parameters, parts = list(model.parameters()), torch.ones(3, device=DEVICE)
-        gradients = [torch.full_like(p, 1e-3) for p in parameters]
-
-        def without():
-            for p, gradient in zip(parameters, gradients):
-                p.grad = gradient
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        def checked():
-            for p, gradient in zip(parameters, gradients):
-                p.grad = gradient
-            before = train.statistics(model)
-            sums = run.agree(parts)
-            run.report(2, sums, train.update(model, optimizer, step.scaler, clip, sums[0], before), 0.0)
-
-        def snapshot():
-            return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler={})
-
-        here = os.path.dirname(os.path.abspath(__file__))                   # the disk that runs/ is on
-        with tempfile.TemporaryDirectory(dir=here) as folder:
-            options = train.parse(["--arch", arch, "--log-every", "1000000000"])
-            run = harness.Run(options, folder, step.config, 10 ** 9 * step.config["epochs"])
-            with run.underway(snapshot, train.PARTS, train.LINE, len(step.image)):
-                seconds = in_turn(args.runs, dict(step=step, without=without, checked=checked, write=lambda: run.save(1),
-                                                  read=lambda: weights.read(run.last, sealed=True) and None), arch)
-                size = os.path.getsize(run.last)
-        middle = {name: statistics.median(values) for name, values in seconds.items()}
-        extra = statistics.median(b - a for a, b in zip(seconds["without"], seconds["checked"]))
-        rows.append({"arch": arch, "batch": len(step.image), "step s": middle["step"], "checks ms": 1e3 * extra, "checks, % of a step": 100 * extra / middle["step"],
-                     "checkpoint MB": size / 1e6, "write s": middle["write"], "% of ten minutes": 100 * middle["write"] / 600, "read s": middle["read"]})
-    return rows
-
-
 # ------------------------------------------------------------------------------------------------ growth
 
 def free_memory():
@@ -418,59 +369,21 @@ def bench_memory(args):
     return rows
 
 
-def resident(_):
-    """MB of memory that this process holds."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def read_pack(path):
-    """Of a fresh process: seconds to open a pack, to the first batch, and MB of a worker after the first batch and the last."""
-    began = time.perf_counter()
-    source = data.open_source(path, "train", 32)
-    opened = time.perf_counter() - began
-    views = data.Views(source, lambda sample, generator: resident(sample))
-    stream = iter(data.loader(views, data.Batches(len(source), 100, 100, 0, len(source) // 100), 1))
-    first, _ = next(stream)
-    began = time.perf_counter() - began
-    for last, _ in stream:
-        pass
-    print(json.dumps([opened, began, first.max().item(), last.max().item()]))
-
-
 def bench_scaling(args):
-    """Training on several processes; and packs that grow: neither the start nor the workers' memory may."""
-    rows = []
-    here = os.path.dirname(os.path.abspath(__file__))
-    with tempfile.TemporaryDirectory() as folder:
-        most = torch.cuda.device_count() if DEVICE.type == "cuda" else CORES
-        for count in sorted({n for n in (1, 2, 4, 8, most) if n <= most}):
-            speeds = []
-            for run in range(args.runs):
-                out = os.path.join(folder, f"{count}-{run}")
-                share = (args.batch or 32) * count
-                environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, CORES // count)))
+    """Training on several processes: images a second of the last steps that were logged."""
+    rows, here = [], os.path.dirname(os.path.abspath(__file__))
+    most = torch.cuda.device_count() if DEVICE.type == "cuda" else CORES
+    for count in sorted({n for n in (1, 2, 4, 8, most) if n <= most}):
+        speeds = []
+        for _ in range(args.runs):
+            with tempfile.TemporaryDirectory() as folder:
                 subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train.py", "--arch",
-                                (args.arch or ["vit_nano"])[0], "--out", out, "--steps", "40", "--batch-size", str(share), "--workers", "1"],
-                               cwd=here, env=environment, check=True, capture_output=True)
-                with open(os.path.join(out, "log.jsonl")) as file:
-                    speeds.append([json.loads(line)["images_per_second"] for line in file][-1])
-            rows.append({"what": "processes", "count": count, "images/s": statistics.median(speeds), "images/s each": statistics.median(speeds) / count})
-        for count in (1_000, 10_000, 100_000):
-            data.SOURCES["synthetic"] = lambda split, size: data.Shapes(32, split, count if split == "train" else 1)
-            path = os.path.join(folder, f"{count}.pack")
-            began = time.perf_counter()
-            data.pack("synthetic", path, workers=CORES)
-            packed = time.perf_counter() - began
-            found = []
-            for _ in range(args.runs):
-                reader = subprocess.run([sys.executable, "-c", f"import bench; bench.read_pack({path!r})"], cwd=here, check=True, capture_output=True)
-                found.append(json.loads(reader.stdout))
-            opened, first, start, end = (statistics.median(each) for each in zip(*found))
-            rows.append({"what": "images in a pack", "count": count, "MB": os.path.getsize(os.path.join(path, "images.bin")) / 1e6,
-                         "s to pack": packed, "ms to open": 1e3 * opened, "ms to first batch": 1e3 * first,
-                         "MB a worker, first batch": start, "MB, last batch": end})
-        del data.SOURCES["synthetic"]
+                                (args.arch or ["vit_nano"])[0], "--out", folder, "--steps", "40", "--batch-size", str((args.batch or 32) * count),
+                                "--workers", "1"], cwd=here, env=os.environ | dict(OMP_NUM_THREADS=str(max(1, CORES // count))), check=True, capture_output=True)
+                with open(os.path.join(folder, "log.jsonl")) as file:
+                    speeds.append(json.loads(list(file)[-1])["images_per_second"])
+        speed = statistics.median(speeds)
+        rows.append({"processes": count, "images/s": speed, "images/s each": speed / count})
     return rows
 
 
@@ -490,7 +403,7 @@ def show(rows):
         print()
 
 
-TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step, "safety": bench_safety, "memory": bench_memory, "scaling": bench_scaling}
+TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step, "memory": bench_memory, "scaling": bench_scaling}
 
 
 def parse(argv):
@@ -501,8 +414,8 @@ def parse(argv):
                         "whatever train.py takes, packs too, for steps on what the loader brings (random images only)")
     parser.add_argument("--images", type=train.count, default=2000, help="loader: of each folder, at most (2000)")
     parser.add_argument("--arch", nargs="+", choices=train.RECIPES, metavar="ARCH",
-                        help="architectures (step, safety: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
-    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step, safety: 8, on a GPU the recipe's micro-batch; scaling: 32 a process)")
+                        help="architectures (step: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
+    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 8, on a GPU the recipe's micro-batch; scaling: 32 a process)")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision of step and memory (auto)")
     parser.add_argument("--runs", type=train.count, default=5, help="repetitions, of which medians are taken (5)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
