@@ -121,6 +121,10 @@ def throughput(views, collate, batch, workers, work=lambda batch: None):
 
 # ------------------------------------------------------------------------------------------------ from disk to batch
 
+CROPS = {"pre-training, bilinear": dict(scale=(0.67, 1.0), interpolation=data.BILINEAR),
+         "fine-tuning, bicubic": dict(scale=(0.08, 1.0), interpolation=data.BICUBIC)}
+
+
 class PILFolder(data.Folder):
     """The yardstick, as in most repositories: PIL decodes, crops and resizes, then float tensors, normalised in the worker."""
 
@@ -161,9 +165,8 @@ def bench_loader(args):
             data.pack(folder, pack, workers=CORES)
             batch, size = min(100, len(files)), min(224, *files[0][0].shape[-2:])
             collate = functools.partial(train.collate, grid=size // 32 if size > 128 else 4, ratio=0.6)
-            for kind, scale, interpolation in (("pre-training, bilinear", (0.67, 1.0), data.BILINEAR), ("fine-tuning, bicubic", (0.08, 1.0), data.BICUBIC)):
-                ours, theirs = (functools.partial(view, crop=crop, size=size, scale=scale, interpolation=interpolation)
-                                for crop in (data.random_resized_crop, pil_crop))
+            for kind, options in CROPS.items():
+                ours, theirs = (functools.partial(view, crop=crop, size=size, **options) for crop in (data.random_resized_crop, pil_crop))
                 pil = data.Views(PILFolder(folder, "train"), theirs)
                 sources = {"files, PIL": pil, "files": data.Views(files, ours), "pack": data.Views(data.Packed(pack, "train"), ours)}
                 with threads(1):
@@ -212,7 +215,8 @@ def bench_loss(args):
         for name, each in times.items():
             rows.append({"loss": name, "batch": batch, "threads": count, "ms": 1e3 * statistics.median(each),
                          "times faster": ratio(times["two FFTs"], each), "peak MB": memory[name] / 1e6})
-        rows[-1] |= {"value": ((our_value - value).abs() / value).item(), "gradient": ((our_gradient - gradient).norm() / gradient.norm()).item()}
+        rows[-1] |= {"value": ((our_value - value).abs() / value).item(),
+                     "gradient": ((our_gradient - gradient).norm() / gradient.norm()).item()}
     return rows
 
 
@@ -385,7 +389,7 @@ def parse(argv):
                         "whatever train.py takes, packs too, for steps on what the loader brings (random images only)")
     parser.add_argument("--arch", nargs="+", choices=train.RECIPES, metavar="ARCH",
                         help="architectures (step: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
-    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 8, on a GPU the recipe's micro-batch; scaling: 32 a process)")
+    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 8, on a GPU the recipe's; scaling: 32 a process)")
     parser.add_argument("--runs", type=train.count, default=5, help="repetitions, of which medians are taken (5)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     args = parser.parse_args(argv)
