@@ -253,7 +253,7 @@ class Step:
         yield "optimizer"
 
     def __call__(self, model=None):
-        for _ in self.parts(model or self.model):
+        for _ in self.parts(self.model if model is None else model):        # a compiled one is neither true nor false
             pass
 
     def split(self, model):
@@ -332,7 +332,7 @@ def bench_memory(args):
             used = 0
             for batch in BATCHES:
                 if 2.2 * used > free_memory():                              # twice as much, and some air
-                    continue
+                    break
                 step = Step(arch, batch, size)
                 used = peak_memory(step)
                 times = in_turn(args.runs, {"step": functools.partial(seconds, step)}, f"{arch}, {size} px, {batch}")["step"]
