@@ -44,7 +44,9 @@ def reconstruct(study, s):
         generators = [data.generator(study.args.seed, "mask", first + i) for i in range(len(image))]
         mask = s.mask(len(image), s.mask_grid, s.mask_ratio, generators).to(image.device)
         rows, M = train.reconstruct(s.mim, image, mask), masking.resize(mask, image.shape[-2:])
-        pictures.extend((label, data.visible(data.denormalize(row[:8], s.mean, s.std)).cpu()) for label, row in zip(("image", "masked", "reconstruction", "composite"), rows) if not first)
+        if not first:
+            shown = [data.visible(data.denormalize(row[:8], s.mean, s.std)).cpu() for row in rows]
+            pictures.extend(zip(("image", "masked", "reconstruction", "composite"), shown))
         guesses = rows[2], masking.fill(image, mask, "mean")
         return torch.stack([((guess - image).abs() * M).sum((1, 2, 3)) / (s.channels * M.sum((1, 2, 3))) for guess in guesses], 1),
 
@@ -117,7 +119,8 @@ def interaction(study, s):
         return torch.cat(found).cpu().numpy()
 
     def strengths(image, label, first):
-        target = torch.where(label >= 0, label, s.logits(image).argmax(1)) if s.known else s.logits(image).argmax(1)
+        guess = s.logits(image).argmax(1)
+        target = torch.where(label >= 0, label, guess) if s.known else guess
         games = [play(functools.partial(value, image=x, target=t), first + i) for i, (x, t) in enumerate(zip(image, target))]
         return torch.tensor(np.array([np.abs(found).mean(1) for found, _, _ in games])), torch.tensor([game[1:] for game in games])
 

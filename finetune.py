@@ -92,16 +92,16 @@ def resolve(args, checkpoint=None):
     arch = given.get("arch") or known.get("arch", "vit_nano")
     if known.get("arch", arch) != arch:
         raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
-    like = models.PRESETS[arch].get("like", arch)
-    resnet, nano = "resnet" in like, "nano" in like
+    like = models.like(arch)
+    cnn, nano = "resnet" in like, "nano" in like
     if args.task is None:
         args.task = known["task"] if args.eval and known.get("task") in losses.TASKS else "class"
     protocol = given.get("protocol") or (known["protocol"] if args.eval and known.get("protocol") in PROTOCOLS else "small" if nano
-                                         else "rsb_a3" if resnet and args.recipe == "imagenet" else "simmim")
+                                         else "rsb_a3" if cnn and args.recipe == "imagenet" else "simmim")
     table = PROTOCOLS if args.recipe == "imagenet" else PROTOCOLS_IMAGENET100 if arch in train.IMAGENET100 else {}
-    row = table.get(protocol, (None, None))[resnet]
+    row = table.get(protocol, (None, None))[cnn]
     if row is None:
-        some = [name for name, rows in table.items() if rows[resnet]]
+        some = [name for name, rows in table.items() if rows[cnn]]
         raise ValueError(f"there is no {protocol} protocol of {args.recipe} for {arch}" + (f": choose from {', '.join(some)}" if some else ""))
     if args.init is not None and protocol.startswith("scratch-") and not args.eval:
         raise ValueError(f"{protocol} starts from random weights: leave out --init, or choose another --protocol")
@@ -365,7 +365,7 @@ def build(args, config, classes, checkpoint):
 def prepare(args, config, world, checkpoint):
     """(the run, if there is training; its model and data). Whatever can be wrong is found here, before anything is written.
     Raises ValueError and OSError."""
-    usual = 256 if "nano" in config["arch"] else RECIPES[config["arch"]]["micro_batch"]
+    usual = 256 if "nano" in models.like(config["arch"]) else RECIPES[config["arch"]]["micro_batch"]
     training = not args.eval and config["protocol"] != "knn"
     micro_batch = (train.find_micro_batch(config["batch_size"], args.micro_batch, world, usual) if training else
                    args.micro_batch or min(usual, config["batch_size"]))

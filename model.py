@@ -453,6 +453,11 @@ PRESETS = {
 }
 
 
+def like(arch):
+    """The preset whose recipes and protocols an architecture uses: its own, unless it says otherwise."""
+    return PRESETS[arch].get("like", arch)
+
+
 def build(arch, img_size=224, *, channels=3, mask_layer=None, token=None, fill=None, **encoder_overrides):
     """The one way to make a model: A2MIM around the encoder of a preset.
 

@@ -27,7 +27,7 @@ RECIPES = {
     "resnet152": RESNET | dict(frequency_loss=None), "resnet200": RESNET | dict(frequency_loss=None),
     "resnet_nano": RESNET | NANO | dict(img_size=32),
 }
-RECIPES |= {arch: RECIPES[preset["like"]] for arch, preset in models.PRESETS.items() if "like" in preset}
+RECIPES |= {arch: RECIPES[models.like(arch)] for arch in models.PRESETS}
 IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT} | dict.fromkeys(
     ("resnet18", "resnet34", "resnet50"), RESNET | dict(epochs=800, img_size=192))
 
@@ -36,8 +36,6 @@ METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
     "simmim": dict(mask_layer=0, fill="none", token="replace", spatial_loss="l1", frequency_loss=None,
                    crop_scale=(0.67, 1.0), token_lr_scale=1.0),
 }
-
-
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import time
 import zlib
@@ -54,14 +55,11 @@ class Subject:
         if not self.logits and not any(name.startswith(("decoder.", "mask_token.")) for name in about["missing"]):
             self.mim = model
         self.channels, self.mean, self.std = data.colours({}, run).values()
-        resize, usual = run.get("test_resize", 0), self.size if "nano" in self.arch else round(self.size * 256 / 224)
-        self.resize = resize if self.size <= resize <= 4 * self.size else usual
+        self.resize = run.get("test_resize") or (self.size if "nano" in models.like(self.arch) else round(self.size * 256 / 224))
         self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
-        block, ratio = run.get("mask_size", 0), run.get("mask_ratio", 0.6)
         usual = self.size // 32 if self.size >= 128 and self.size % 32 == 0 else 4 if self.grid % 4 == 0 else self.grid
-        self.mask_grid = self.size // block if block > 0 and self.size % block == 0 else usual
-        self.mask_ratio = ratio if 0 < ratio < 1 else 0.6
-        self.mask = masking.MASKS.get(run.get("mask"), masking.random_mask)
+        self.mask_grid = self.size // run["mask_size"] if run.get("mask_size") else usual
+        self.mask_ratio, self.mask = run.get("mask_ratio", 0.6), masking.MASKS.get(run.get("mask"), masking.random_mask)
         self.example = torch.randn(4, self.channels, self.size, self.size, generator=data.generator(0)).to(device)
         with torch.no_grad():
             maps = dict(self.encoder.walk(self.example))
@@ -69,15 +67,11 @@ class Subject:
             room = torch.cuda.mem_get_info()[0] / 4 if device.type == "cuda" else 1e9
             self.batch, began = max(4, min(64, int(room / (16 * largest)))), time.time()
             example = self.example[:1].expand(min(16, self.batch), -1, -1, -1)
-            output = self.logits(example) if self.logits else self.mim(example, torch.ones(1, 1, 1).to(device)) if self.mim else self.encoder(example)
+            mask = [torch.ones(1, 1, 1).to(device)] if self.mim else []
+            output = (self.logits or self.mim or self.encoder)(example, *mask)
             if not output.sum().isfinite().item():
                 raise ValueError(f"what {path} makes of images is no finite number: it is broken")
             self.rate = len(example) / (time.time() - began)                # images a second
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return functools.reduce(lambda crc, block: zlib.crc32(block, crc), iter(lambda: file.read(2 ** 22), b""), 0)
 
 
 class Study:
@@ -100,7 +94,8 @@ class Study:
         self.probe_images = min(args.probe_images, np.count_nonzero(self.sources["train"].labels >= 0))
         if self.images < 8:
             raise ValueError(f"{self.data} holds out {self.images} images only: the analyses need 8 or more")
-        self.about = dict(checkpoints=dict(zip(names, map(digest, args.checkpoints))), data=self.data, images=self.images,
+        sums = [zlib.crc32(pathlib.Path(path).read_bytes()) for path in args.checkpoints]
+        self.about = dict(checkpoints=dict(zip(names, sums)), data=self.data, images=self.images,
                           of={split: len(source) for split, source in self.sources.items()}, seed=args.seed)
         self.out = args.out or os.path.join("runs", "analysis-" + "-".join(names)[:150])
         files = [os.path.join(self.out, name) for name in ("index.html", *(name + end for name in analyses for end in (".json", ".png")))]
@@ -109,8 +104,6 @@ class Study:
         if any(map(os.path.lexists, files)) and not self.results() and not args.overwrite:
             raise ValueError(f"{self.out} holds the analysis of something else: choose another --out, or --overwrite")
         os.makedirs(self.out, exist_ok=True)
-        if not os.access(self.out, os.W_OK):
-            raise ValueError(f"{self.out} cannot be written to: choose another --out")
         say(f"{self.images} held-out images of {self.data}{'' if args.data else ' (no --data given)'}, on {self.device}: "
             + ", ".join(f"{s.name} ({s.arch}, {s.size} px)" for s in self.subjects)
             + ("" if Figure else "; no figures, only numbers: pip install matplotlib for them"))
@@ -120,9 +113,10 @@ class Study:
         found = {}
         for name in self.analyses:
             with contextlib.suppress(OSError, ValueError, RecursionError), open(os.path.join(self.out, name + ".json")) as file:
-                found[name] = json.load(file)
-        return {name: each for name, each in found.items() if isinstance(each, dict) and each.get("about") == self.about
-                and all(isinstance(each.get(key), list) and all(isinstance(line, str) for line in each[key]) for key in ("table", "notes"))}
+                result = json.load(file)
+                if isinstance(result, dict) and result.get("about") == self.about:
+                    found[name] = result
+        return found
 
     def batches(self, s, split="val", labelled=False, passes=1, batch=None, bar=True):
         """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects. passes: forward passes an

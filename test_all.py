@@ -2168,8 +2168,8 @@ def test_loss_needs_little_memory():
     """What bench.py counts: exactly what is allocated, and for our loss, less than half of that of two FFTs."""
     assert bench.peak_memory(lambda: torch.ones(1000, 1000).add(1).sum()) == pytest.approx(8e6, rel=0.01)
     rows = bench.bench_loss(SimpleNamespace(batch=8, runs=1))
-    ours, theirs = (next(row for row in rows if row["loss"] == name) for name in ("ours", "two FFTs, complex"))
-    assert ours["peak MB"] < 0.5 * theirs["peak MB"] and max(row["value"] for row in rows) < 1e-6 and max(row["gradient"] for row in rows) < 1e-6
+    theirs, ours = rows[:2]
+    assert ours["peak MB"] < 0.5 * theirs["peak MB"] and ours["value"] < 1e-6 and ours["gradient"] < 1e-6
 
 
 def test_bench_commands(pictures, tmp_path, capsys, monkeypatch):
@@ -2179,10 +2179,12 @@ def test_bench_commands(pictures, tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["machine"]["runs"] == 1
     table = {(row["crop"][:3], row["source"]): row for row in found["loader"]}
-    assert len(table) == 8 and all(row["images/s, one core"] > 0 for row in table.values())
+    assert len(table) == 6 and all(row["images/s, one core"] > 0 for row in table.values())
     assert table["pre", "files, PIL"]["× PIL"] == 1 and table["pre", "files"]["difference"] < 1 and table["fin", "pack"]["difference"] < 2
-    assert [row["how"][:8] for row in found["step"]] == ["eager", "compiled", "eager, f"] and found["step"][2]["images/s"] > 0
-    eager = found["step"][0]
+    step = {row["how"][:8]: row for row in found["step"]}
+    assert step.keys() == {"eager", "compiled", "eager, f"} and step["eager, f"]["images/s"] > 0
+    assert step["compiled"]["how"] == "compiled" or not shutil.which("c++")
+    eager = step["eager"]
     assert 0 < eager["share of peak %"] < 100 and sum(v for k, v in eager.items() if k in ("forward %", "loss %", "backward %")) < 100
     small, large = found["memory"]
     assert large["peak MB"] == pytest.approx(2 * small["peak MB"], rel=0.3)
