@@ -34,6 +34,9 @@ import data
 import harness
 import losses
 import masking
+import optim
+import shapes
+import sources
 import train
 
 CORES = data.cores()
@@ -125,7 +128,7 @@ CROPS = {"pre-training, bilinear": dict(scale=(0.67, 1.0), interpolation=data.BI
          "fine-tuning, bicubic": dict(scale=(0.08, 1.0), interpolation=data.BICUBIC)}
 
 
-class PILFolder(data.Folder):
+class PILFolder(sources.Folder):
     """The yardstick, as in most repositories: PIL decodes, crops and resizes, then float tensors, normalised in the worker."""
 
     def __getitem__(self, index):
@@ -147,7 +150,7 @@ def view(sample, generator, crop, **options):
 def photos(folder):
     """For want of photographs: 300 of the built-in images as JPEG files of 500 × 375 px."""
     os.mkdir(folder)
-    world = data.Shapes(500, count=300)
+    world = shapes.Shapes(500, count=300)
     for i in range(300):
         Image.fromarray(world[i][0][:, 62:437].permute(1, 2, 0).numpy()).save(os.path.join(folder, f"{i}.jpg"), quality=95)
     return folder
@@ -161,18 +164,18 @@ def bench_loader(args):
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for number, folder in enumerate(args.data or [photos(os.path.join(temporary, "built-in, as JPEG"))]):
-            files, pack = data.Folder(folder, "train"), os.path.join(temporary, f"pack{number}")
+            files, pack = sources.Folder(folder, "train"), os.path.join(temporary, f"pack{number}")
             data.pack(folder, pack, workers=CORES)
             batch, size = min(100, len(files)), min(224, *files[0][0].shape[-2:])
-            collate = functools.partial(train.collate, grid=size // 32 if size > 128 else 4, ratio=0.6)
+            collate = functools.partial(train.collate, mask="random", grid=size // 32 if size > 128 else 4, ratio=0.6)
             for kind, options in CROPS.items():
                 ours, theirs = (functools.partial(view, crop=crop, size=size, **options) for crop in (data.random_resized_crop, pil_crop))
                 pil = data.Views(PILFolder(folder, "train"), theirs)
-                sources = {"files, PIL": pil, "files": data.Views(files, ours), "pack": data.Views(data.Packed(pack, "train"), ours)}
+                views_of = {"files, PIL": pil, "files": data.Views(files, ours), "pack": data.Views(sources.Packed(pack, "train"), ours)}
                 with threads(1):
                     one, every = (in_turn(args.runs, {name: functools.partial(throughput, views, collate, batch, workers)
-                                                      for name, views in sources.items()}, f"{folder}, {kind}") for workers in (0, CORES))
-                for name, views in sources.items():
+                                                      for name, views in views_of.items()}, f"{folder}, {kind}") for workers in (0, CORES))
+                for name, views in views_of.items():
                     differ = [(views[0, i, i][0][0].float() - data.denormalize(pil[0, i, i][0][0][None])).abs().mean().item()
                               for i in range(0, len(files), max(1, len(files) // 100))]
                     rows.append({"images": f"{os.path.basename(os.path.normpath(folder))} → {size} px", "crop": kind, "source": name,
@@ -230,7 +233,7 @@ class Step:
         self.config = train.resolve(train.parse(["--arch", arch, *size]))
         model, self.criterion = train.build(self.config)
         self.model = train.place(model, DEVICE, 1).train()
-        self.optimizer = train.make_optimizer(self.model, self.config)
+        self.optimizer = optim.make_optimizer(self.model, self.config)
         self.autocast, self.scaler = train.precision("auto", DEVICE)
         with self.autocast():
             self.dtype = torch.get_autocast_dtype(DEVICE.type) if torch.is_autocast_enabled(DEVICE.type) else torch.float32
@@ -240,7 +243,7 @@ class Step:
 
     def parts(self, model):
         """Takes the step; says what is done, part by part."""
-        image, before = data.normalize(self.image), train.statistics(self.model)
+        image, before = data.normalize(self.image), optim.statistics(self.model)
         yield "bytes to floats"
         with self.autocast():
             reconstruction = model(image, self.mask)
@@ -249,7 +252,7 @@ class Step:
         yield "loss"
         self.scaler.scale(loss).backward()
         yield "backward"
-        train.update(self.model, self.optimizer, self.scaler, self.config["clip"], loss.detach(), before)
+        optim.update(self.model, self.optimizer, self.scaler, self.config["clip"], loss.detach(), before)
         yield "optimizer"
 
     def __call__(self, model=None):
@@ -277,8 +280,8 @@ class Step:
             self()
 
         batch, size, grid = len(self.image), self.image.shape[-1], self.mask.shape[-1]
-        views = data.Views(data.open_source(path, "train", size), functools.partial(train.view, size=size, scale=self.config["crop_scale"]))
-        collate = functools.partial(train.collate, grid=grid, ratio=self.config["mask_ratio"])
+        views = data.Views(sources.open_source(path, "train", size), functools.partial(train.view, size=size, scale=self.config["crop_scale"]))
+        collate = functools.partial(train.collate, mask="random", grid=grid, ratio=self.config["mask_ratio"])
         return throughput(views, collate, batch, max(1, min(8, CORES - 1)), work)
 
 
@@ -286,7 +289,7 @@ def bench_step(args):
     """Training steps: model FLOP/s (matrix products and convolutions) as a share of the machine's fastest matrix product."""
     rows = []
     for path in args.data or []:
-        data.open_source(path, "train", 32)                                 # a wrong path, before minutes are spent
+        sources.open_source(path, "train", 32)                                 # a wrong path, before minutes are spent
     for arch in args.arch or ["vit_b", "resnet50"]:
         step = Step(arch, args.batch or (train.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8))
         batch, flops, peak = len(step.image), step.flops(), matmul_peak(step.dtype, args.runs)

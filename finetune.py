@@ -13,25 +13,24 @@ import contextlib
 import functools
 import json
 import os
-import re
-import sys
 import time
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import data
+import evaluate
 import harness
 import losses
 import model as models
+import optim
+import shapes
+import sources
 import train
 import weights
-from harness import RANK, fail, gather, say, sum_over_ranks, together
+from harness import RANK, fail, say, sum_over_ranks, together
 from recipes import FOR_ARCH, KEYS, PROTOCOLS, PROTOCOLS_IMAGENET100, RECIPES, SIZES, UNCUT
 from train import count, number, optional, positive, share
 
@@ -42,7 +41,7 @@ CHANGED = {  # options beside those of train.CONFIG: (type, help, choices)
     "protocol": (str, "simmim, rsb_a3, rsb_a2, linear: as published (default: simmim for a ViT, rsb_a3 for a ResNet); small: ours, "
                       "for small images (the default of the nano presets); knn trains nothing; scratch-…: without --init", PROTOCOLS),
     "data": (str, "a folder of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
-                  f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
+                  f"{', '.join(sources.SOURCES)} (all but shapes are downloaded)", None),
     "test_resize": (count, "short side of test images, pixels; absent: in proportion to img_size", None),
     "test_crop": (count, "side of their central crop, pixels; absent: in proportion to img_size", None),
     "optimizer": (str, "of the training", ("adamw", "lamb", "sgd")),
@@ -171,153 +170,6 @@ def test_view(sample, generator, config):
     return data.evaluation_crop(sample[0], config["test_resize"], config["test_crop"]), sample[1]
 
 
-# ------------------------------------------------------------------------------------------------ optimization
-
-class LAMB(torch.optim.Optimizer):
-    """Layer-wise adaptive moments (You et al., arXiv 1904.00962), in the form of ResNet strikes back (arXiv 2110.00476).
-
-    Gradients are clipped to a global norm of 1. AdamW's direction, decay included, is scaled by |p| / |direction| for
-    each parameter that decays (by 1 if either is 0). found_inf, as of PyTorch's fused optimizers: 1 leaves the step out.
-    """
-
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.found_inf = torch.zeros(())
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        shrink = torch.nn.utils.get_total_norm(gradients).clamp(min=1.0)
-        taken = 1 - self.found_inf
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state, gradient, weight = self.state[p], torch.where(taken > 0, p.grad / shrink, 0.0), taken.to(p.dtype)
-                if not state:
-                    state |= dict(mean=torch.zeros_like(p), square=torch.zeros_like(p), steps=torch.zeros((), device=p.device))
-                state["steps"] += taken
-                t = state["steps"].double().clamp(min=1)                    # 1 − 0.999^t needs the digits
-                state["mean"].lerp_(gradient, weight * (1 - beta1))
-                state["square"].lerp_(gradient.square(), weight * (1 - beta2))
-                direction = state["mean"] / (1 - beta1 ** t) / ((state["square"] / (1 - beta2 ** t)).sqrt() + group["eps"])
-                if group["weight_decay"]:
-                    direction += group["weight_decay"] * p
-                    size, length = p.norm(), direction.norm()
-                    direction *= torch.where((size > 0) & (length > 0), size / length, 1.0)
-                p -= weight * group["lr"] * direction
-
-
-def layer_scales(model, decay):
-    """Parameter's name -> factor on its learning rate: 1 for the head, d^(L − i) for the encoder's block i (from 0; of a CNN,
-    layer), d^(L + 1) for what comes before its L blocks."""
-    blocks = getattr(model.encoder, "blocks", model.encoder.layers)
-    place = {parameter: i for i, block in enumerate(blocks) for parameter in block.parameters()}
-    return {name: decay ** (len(blocks) - place.get(parameter, -1)) if name.startswith("encoder.") else 1.0
-            for name, parameter in model.named_parameters()}
-
-
-def make_optimizer(model, config):
-    scales, groups = layer_scales(model, config["layer_decay"] or 1.0), {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = train.decays(name, parameter)
-            group = groups.setdefault((decay, scales[name]), dict(
-                params=[], weight_decay=config["weight_decay"] if decay else 0.0, peak_lr=config["lr"] * scales[name]))
-            group["params"].append(parameter)
-    kind, options = {"adamw": (torch.optim.AdamW, dict(fused=True)), "lamb": (LAMB, {}),
-                     "sgd": (torch.optim.SGD, dict(momentum=0.9, fused=True))}[config["optimizer"]]
-    optimizer = kind(list(groups.values()), lr=config["lr"], **options)
-    if kind is torch.optim.SGD:                                             # of a first step left out, it would keep what memory held
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
-
-
-class EMA(AveragedModel):
-    """A running mean of a model's parameters; buffers are the model's. The decay rises from 0.9 of its value to all of it."""
-
-    def __init__(self, model, decay, warmup_steps):
-        super().__init__(model)
-        self.decay, self.warmup_steps = decay, warmup_steps
-        self.n_averaged.fill_(1)                                            # the first update averages, too
-
-    def update(self, model, step):
-        decay = self.decay * (0.9 + 0.1 * min(1.0, step / max(1, self.warmup_steps)))
-        self.multi_avg_fn = get_ema_multi_avg_fn(decay)
-        self.update_parameters(model)
-
-
-# ------------------------------------------------------------------------------------------------ evaluation
-
-def test_batches(images, batch, world):
-    """This process's share of the indices, in batches: each image on one process only, none twice."""
-    share = [(0, i, i) for i in range(RANK, images, world)]
-    return [share[i:i + batch] for i in range(0, len(share), batch)]
-
-
-@torch.no_grad()
-def evaluate(model, loader, task, device, autocast, normalize):
-    """(metrics of a task over every image of the loaders of all processes, lines on those that could not be read)."""
-    model.eval()
-    if dist.is_initialized():                                               # each process has its own batch statistics
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    total, broken, images, problems = torch.zeros(4, dtype=torch.float64, device=device), torch.zeros((), device=device), 0, []
-    for (image, target), unreadable in tqdm(loader, "test", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
-        image, target = normalize(image.to(device, non_blocking=True)), target.to(device, non_blocking=True)
-        with autocast():
-            output = model.forward(image).float()                           # not compiled: other batch sizes
-        for i, value in enumerate(task.sums(output, target, image.shape[-1])):
-            total[i] += value
-        broken += ~output.isfinite().all()
-        images += len(image) - len(unreadable)                              # whose label is none, and never hit
-        problems += unreadable
-    n, broken = sum_over_ranks(torch.stack([torch.tensor(images, device=device), broken.long()])).tolist()
-    if broken:
-        fail("the model's outputs are not finite numbers: its training has diverged (try a smaller --lr), or --init is broken")
-    return task.metrics(sum_over_ranks(total).tolist(), max(n, 1)) | dict(n=n), problems
-
-
-def note_unreadable(problems, images, out, most):
-    """List images that could not be read for a test, on any process. Returns a line if they are more than a share `most`."""
-    problems = sum(gather(problems), [])
-    if not problems:
-        return None
-    together(lambda: RANK == 0 and harness.list_bad_images(out, set(problems)))
-    where = os.path.join(out, "bad_images.txt")
-    if len(problems) > most * images:
-        return (f"{len(problems)} of {images:,} images could not be read, more than --max-bad {most:g}: repair or remove those in "
-                f"{where}, or allow more")
-    say(f"{len(problems)} of {images:,} images could not be read and are not counted: {where}")
-
-
-@torch.no_grad()
-def features(model, loader, images, device, autocast, normalize, world):
-    """(images, C) features of unit length and (images,) labels, in the order of the source, on every process (label −1: could
-    not be read); and this one's lines on those."""
-    model.eval()
-    found, labels, problems = [], [], []
-    for (image, label), unreadable in tqdm(loader, "features", disable=RANK > 0 or not sys.stderr.isatty()):
-        with autocast():
-            found.append(F.normalize(model.features(normalize(image.to(device))).float(), dim=1))
-        labels.append(label.to(device))
-        problems += unreadable
-    all_features = torch.zeros(images, model.encoder.widths[-1], device=device)
-    all_labels = torch.zeros(images, dtype=torch.int64, device=device)
-    if found:
-        all_features[RANK::world], all_labels[RANK::world] = torch.cat(found), torch.cat(labels)
-    return sum_over_ranks(all_features), sum_over_ranks(all_labels), problems
-
-
-def knn(bank, labels, queries, k, temperature, classes):
-    """(B, K) votes: each of the k most similar of the bank, by cosine, votes exp(similarity / T) for its class
-    (Wu et al., arXiv 1805.01978), up to a common factor. All features have unit length."""
-    similarity, nearest = (queries @ bank.T).topk(k)
-    votes = torch.zeros(len(queries), classes, device=queries.device)
-    return votes.scatter_add_(1, labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
-
-
 # ------------------------------------------------------------------------------------------------ runs
 
 LINE = "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s"
@@ -326,11 +178,11 @@ LINE = "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s"
 def open_labelled(config, split, task):
     """Source of a split, of images that have a label, and the names of the classes. Raises ValueError."""
     if task != "class":
-        return data.Channels(data.Shapes(config["img_size"], split, target=task), config["channels"]), None
-    source = data.open_source(config["data"], split, config["img_size"], config["channels"])
+        return sources.Channels(shapes.Shapes(config["img_size"], split, target=task), config["channels"]), None
+    source = sources.open_source(config["data"], split, config["img_size"], config["channels"])
     if getattr(source, "empty", None):
         raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it"
-                         + (", where the pack came from" if data.is_pack(source.root) else ""))
+                         + (", where the pack came from" if sources.is_pack(source.root) else ""))
     where, labelled = getattr(source, "root", config["data"]), (source.labels >= 0).nonzero()[0]
     if not len(labelled):
         raise ValueError(f"the images of {where} have no labels: put those of each class in a folder of its own")
@@ -393,7 +245,7 @@ def prepare(args, config, world, checkpoint):
     if args.init is not None and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(out):
         raise ValueError(f"{out} is where --init lies: choose another --out")
     if not training:
-        check_result(out, identity, args.overwrite)
+        evaluate.check_result(out, identity, args.overwrite)
         return None, this
     total = config["epochs"] * (len(source) // config["batch_size"])
     run = harness.Run(args, out, identity | dict(images=len(source)), total)
@@ -420,51 +272,10 @@ def run_name(args, config):
     return "-".join(filter(None, parts))
 
 
-def check_result(out, identity, overwrite):
-    """Make the folder of an evaluation. Raises ValueError if it holds a run, or the result of something else, and OSError."""
-    path = os.path.join(out, "result.json")
-    if os.path.exists(os.path.join(out, "last.pt")):
-        raise ValueError(f"{out} holds a run: choose another --out")
-    if os.path.exists(path) and not overwrite:
-        try:
-            with open(path) as file:
-                same = json.load(file)["config"] == identity
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise ValueError(f"{out} holds the result of something else: choose another --out, or --overwrite")
-    os.makedirs(out, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"{out} cannot be written to: choose another --out")
-
-
-def finish(this, args, metrics, **more):
-    """The result: result.json, and a line."""
-    result = metrics | more | dict(task=args.task, protocol=this.identity["protocol"], arch=this.identity["arch"], init=args.init,
-                                   config=this.identity)
-    path = os.path.join(this.out, "result.json")
-    together(lambda: RANK == 0 and data.write_file(path, json.dumps(result, indent=2).encode()))
-    say(f"Result: {describe(metrics)} ({metrics['n']:,} images). {path}")
-
-
-def result_step(out):
-    """After which step the result in a folder was; None if there is none."""
-    try:
-        with open(os.path.join(out, "result.json")) as file:
-            return json.load(file)["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def describe(metrics):
-    """Metrics for people: top1 56.20, top5 93.10."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name != "n")
-
-
 def work(args, config, world, device, checkpoint):
     """What one process does: evaluate, find neighbours, or train."""
-    if config["data"] in data.SOURCES:                                      # one process of each machine downloads
-        together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
+    if config["data"] in sources.SOURCES:                                      # one process of each machine downloads
+        together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and sources.open_source(config["data"], "train", 32))
     run, this = together(lambda: prepare(args, config, world, checkpoint))
     say(f"{config['arch']}, {sum(p.numel() for p in this.model.parameters()) / 1e6:.1f} M parameters, on {device} × {world}; "
         f"{config['data']}: " + (f"{len(this.source):,} images to learn {args.task} from, " if this.source is not this.held_out else "")
@@ -475,30 +286,30 @@ def work(args, config, world, device, checkpoint):
 
     def test_loader(source):
         view = functools.partial(test_view, config=config)
-        return data.loader(data.TestViews(source, view), test_batches(len(source), this.micro_batch, world), workers, pin)
+        return data.loader(data.TestViews(source, view), evaluate.test_batches(len(source), this.micro_batch, world), workers, pin)
 
     task, (autocast, scaler) = losses.TASKS[args.task], train.precision(args.amp, device)
     how = device, autocast, functools.partial(data.normalize, mean=config["mean"], std=config["std"])
     model, loader = train.place(this.model, device, world), test_loader(this.held_out)
 
     def note(problems, images):
-        if line := note_unreadable(problems, images, this.out, args.max_bad):
+        if line := evaluate.note_unreadable(problems, images, this.out, args.max_bad):
             fail(line)
 
     if args.eval:
-        metrics, problems = evaluate(model, loader, task, *how)
+        metrics, problems = evaluate.evaluate(model, loader, task, *how)
         note(problems, len(this.held_out))
-        finish(this, args, metrics, epoch=None)
+        evaluate.finish(this, args, metrics, epoch=None)
     elif config["protocol"] == "knn":
-        bank, labels, problems = features(model, test_loader(this.source), len(this.source), *how, world)
+        bank, labels, problems = evaluate.features(model, test_loader(this.source), len(this.source), *how, world)
         note(problems, len(this.source))
         bank, labels = bank[labels >= 0], labels[labels >= 0]
-        queries, wanted, problems = features(model, loader, len(this.held_out), *how, world)
+        queries, wanted, problems = evaluate.features(model, loader, len(this.held_out), *how, world)
         note(problems, len(this.held_out))
         mine = slice(RANK, None, world)                                     # each process's share of the test images
-        votes = torch.cat([knn(bank, labels, q, min(args.k, len(bank)), args.temperature, len(this.classes)) for q in queries[mine].split(256)])
+        votes = torch.cat([evaluate.knn(bank, labels, q, min(args.k, len(bank)), args.temperature, len(this.classes)) for q in queries[mine].split(256)])
         sums, n = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist(), int((wanted >= 0).sum())
-        finish(this, args, task.metrics(sums, max(n, 1)) | dict(n=n), epoch=None)
+        evaluate.finish(this, args, task.metrics(sums, max(n, 1)) | dict(n=n), epoch=None)
     else:
         return tune(args, config, run, this, model, loader, world, scaler, *how)
 
@@ -508,10 +319,10 @@ def tune(args, config, run, this, model, test_loader, world, scaler, device, aut
     task, steps_per_epoch = losses.TASKS[args.task], this.batches.steps_per_epoch
     accumulate = config["batch_size"] // (this.micro_batch * world)
     run.announce(config, this.micro_batch, accumulate)
-    if run.start > run.stop or run.start == run.stop == result_step(run.out):
+    if run.start > run.stop or run.start == run.stop == evaluate.result_step(run.out):
         return
-    optimizer = make_optimizer(model, config)
-    ema = EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None
+    optimizer = optim.make_optimizer(model, config)
+    ema = optim.EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None
     best, tested = (run.state.get("best"), run.state.get("tested")) if run.resumed else (None, 0)
     if run.resumed:
         together(lambda: run.restore(model, optimizer, scaler, ema and ema.module))
@@ -531,12 +342,12 @@ def tune(args, config, run, this, model, test_loader, world, scaler, device, aut
         """Evaluate after so many steps, and keep the best of those after whole epochs."""
         nonlocal best, tested
         began, epoch = time.time(), (done - 1) // steps_per_epoch + 1
-        metrics, unreadable = evaluate(average, test_loader, task, device, autocast, normalize)
-        if line := note_unreadable(unreadable, len(this.held_out), run.out, args.max_bad):
+        metrics, unreadable = evaluate.evaluate(average, test_loader, task, device, autocast, normalize)
+        if line := evaluate.note_unreadable(unreadable, len(this.held_out), run.out, args.max_bad):
             run.problem, run.stopping = line, True
         run.clock += time.time() - began                                    # no part of the training speed
         if tested != done:
-            run.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + describe(metrics))
+            run.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + evaluate.describe(metrics))
         tested = done
         name, sign = task.best
         if done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name]):
@@ -554,10 +365,10 @@ def tune(args, config, run, this, model, test_loader, world, scaler, device, aut
             if args.freeze or config["protocol"] == "linear":
                 model.encoder.eval()
             torch.manual_seed(data.key(args.seed, step, RANK))              # drop path and mixing, the same when continued
-            factor = train.learning_rate(config, step, steps_per_epoch)
+            factor = optim.learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            loss, problems, before = torch.zeros(1, device=device), [], train.statistics(model)
+            loss, problems, before = torch.zeros(1, device=device), [], optim.statistics(model)
             for micro in range(accumulate):
                 batch, unreadable = next(stream)
                 image, target = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -572,7 +383,7 @@ def tune(args, config, run, this, model, test_loader, world, scaler, device, aut
                 loss += part.detach()
                 problems += unreadable
             sums = run.agree(loss, problems)
-            skipped = train.update(model, optimizer, scaler, config["clip"], sums[0], before)
+            skipped = optim.update(model, optimizer, scaler, config["clip"], sums[0], before)
             if ema:
                 ema.update(model, step)
 
@@ -586,7 +397,7 @@ def tune(args, config, run, this, model, test_loader, world, scaler, device, aut
                 return run.leave(done)
     if run.problem:
         fail(run.problem)
-    finish(this, args, metrics, epoch=(run.stop - 1) // steps_per_epoch + 1, step=run.stop, steps=run.total, best=best)
+    evaluate.finish(this, args, metrics, epoch=(run.stop - 1) // steps_per_epoch + 1, step=run.stop, steps=run.total, best=best)
 
 
 def main(argv=None):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import sources
 import weights
 
 RANK = int(os.environ.get("RANK", 0))                                       # of this process among all; torchrun sets it
@@ -88,7 +89,7 @@ def say(text):
 def fail(problem, everywhere=False):
     """Say in one line, without a traceback, what is wrong with the user's input, and leave with exit code 2. `everywhere`: it
     is not found by all processes alike."""
-    line = str(problem).strip().rpartition("\n")[2].removeprefix("data.BadImage: ")         # a worker's ends a traceback
+    line = str(problem).strip().rpartition("\n")[2].removeprefix("sources.BadImage: ")         # a worker's ends a traceback
     if RANK == 0 or everywhere:
         print(f"{PROGRAM}: {line}", file=sys.stderr)
     sys.exit(2)
@@ -142,7 +143,7 @@ def launch(work, args, config):
             code = work(args, config, *processes)
             if dist.is_initialized():
                 dist.barrier()                                              # nobody leaves while messages are under way
-        except data.BadImage as error:                                      # found while training, by any process
+        except sources.BadImage as error:                                      # found while training, by any process
             fail(error, everywhere=True)
         except Exception as error:
             if killed := re.search(r"DataLoader worker \(pid.*", str(error)):

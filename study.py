@@ -26,6 +26,7 @@ import data
 import finetune
 import masking
 import model as models
+import sources
 import train
 import weights
 from harness import say
@@ -87,7 +88,7 @@ class Study:
             names = [f"{i} {name}" for i, name in enumerate(names, 1)]
         self.subjects = [Subject(path, name, self.device) for path, name in zip(args.checkpoints, names)]
         self.data = args.data or self.subjects[0].data or "shapes"
-        self.sources = {split: data.open_source(self.data, split, max(s.size for s in self.subjects)) for split in ("train", "val")}
+        self.sources = {split: sources.open_source(self.data, split, max(s.size for s in self.subjects)) for split in ("train", "val")}
         self.classes, self.images = list(self.sources["val"].classes), min(args.images, len(self.sources["val"]))
         for s in self.subjects:                                             # is its classifier for these classes?
             s.known = bool(s.logits) and s.logits.head.out_features == len(self.classes) and s.classes in (None, self.classes)
@@ -122,7 +123,7 @@ class Study:
         """Yields (images (B, 3, S, S), labels (B,), position of the first), the same ones for all subjects. passes: forward passes an
         image, to say beforehand how long it takes. Raises NotFor without (labelled) images."""
         source, most, batch = self.sources[split], self.images if split == "val" else self.probe_images, batch or s.batch
-        source = data.Channels(source, s.channels)
+        source = sources.Channels(source, s.channels)
         if labelled:
             source = torch.utils.data.Subset(source, np.flatnonzero(source.labels >= 0))
         if len(source) < 8:

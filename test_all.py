@@ -4,6 +4,7 @@ Golden values come from the authors' official code, run in float64; they are hel
 weights that are computed from seeds, and once more tensor by tensor where the full files lie in ../shared/golden.
 """
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -36,11 +37,15 @@ from torch.utils._pytree import tree_leaves
 import analyze
 import bench
 import data
+import evaluate
 import finetune
 import harness
 import losses
 import masking
+import optim
 import model as models
+import shapes
+import sources
 import study
 import train
 import weights
@@ -515,7 +520,8 @@ def test_own_encoder():
 
 # ------------------------------------------------------------------------------------------------ train.py: recipes
 
-COMMON = dict(data="shapes", batch_size=2048, warmup_epochs=10, weight_decay=0.05, mask_size=32, mask_ratio=0.6)
+COLOURS = dict(channels=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+COMMON = COLOURS | dict(data="shapes", mask="random", batch_size=2048, warmup_epochs=10, weight_decay=0.05, mask_size=32, mask_ratio=0.6)
 STEP = dict(epochs=800, img_size=224, lr=4e-4, min_lr=None, schedule="step", lr_step_epoch=700, clip=5.0, drop_path=0.1,
             crop_scale=[0.67, 1.0], mask_layer=0, fill="mean", token="add", spatial_loss="l1", frequency_loss="focal",
             frequency_weight=0.1, frequency_standin="mixed", frequency_visible=0, token_lr_scale=1)
@@ -559,7 +565,8 @@ def test_config_overrides():
     assert config_of("--img-size", 96)["mask_size"] == 24
     given = {"arch": "resnet_nano", "method": "simmim", "data": "elsewhere", "crop_scale": [0.5, 0.9], "schedule": "step",
              "lr_step_epoch": 3, "fill": "zero", "token": "add", "spatial_loss": "focal_l1", "frequency_loss": "l1",
-             "frequency_standin": "mean", "img_size": 96, "mask_size": 24, "mask_layer": 1, "epochs": 5, "batch_size": 12}
+             "frequency_standin": "mean", "img_size": 96, "mask_size": 24, "mask_layer": 1, "epochs": 5, "batch_size": 12,
+             "channels": 2, "mean": [0.25, 0.5], "std": [0.125, 0.25], "mask": "random"}
     given |= {k: 0.125 for k in train.CONFIG if k not in given}
     argv = [s for k, v in given.items() for s in ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]]
     assert config_of(*argv) == given                                        # every key is an option
@@ -567,18 +574,18 @@ def test_config_overrides():
 
 def test_schedules():
     config = config_of("--arch", "resnet50")
-    rate = [train.learning_rate(config, step, 7) * config["lr"] for step in range(300 * 7)]
+    rate = [optim.learning_rate(config, step, 7) * config["lr"] for step in range(300 * 7)]
     for t in (0, 3, 69):
         assert rate[t] == pytest.approx(1.2e-3 * (t + 1) / 70)
     for t in (70, 500, 2099):
         assert rate[t] == pytest.approx(1e-5 + (1.2e-3 - 1e-5) * (1 + math.cos(math.pi * (t - 70) / (2100 - 70))) / 2)
     config = config_of("--arch", "vit_b")
-    assert [train.learning_rate(config, 7 * epoch, 7) for epoch in (10, 699, 700, 799)] == [1, 1, 0.1, 0.1]
-    assert train.learning_rate(config, 700 * 7 - 1, 7) == 1
+    assert [optim.learning_rate(config, 7 * epoch, 7) for epoch in (10, 699, 700, 799)] == [1, 1, 0.1, 0.1]
+    assert optim.learning_rate(config, 700 * 7 - 1, 7) == 1
     short = config_of("--arch", "resnet50", "--epochs", 4)
-    assert train.learning_rate(short, 13, 7) == 1 > train.learning_rate(short, 12, 7)                 # warm-up: half at most
+    assert optim.learning_rate(short, 13, 7) == 1 > optim.learning_rate(short, 12, 7)                 # warm-up: half at most
     tiny = config_of("--arch", "resnet50", "--batch-size", 2)               # lr below min_lr: never above lr
-    assert all(0 < train.learning_rate(tiny, step, 1) <= 1 for step in range(300))
+    assert all(0 < optim.learning_rate(tiny, step, 1) <= 1 for step in range(300))
 
 
 def test_parameter_groups():
@@ -587,7 +594,7 @@ def test_parameter_groups():
         model, _ = train.build(config)
         names = {id(p): n for n, p in model.named_parameters()}
         seen = {}
-        for group in train.make_optimizer(model, config).param_groups:
+        for group in optim.make_optimizer(model, config).param_groups:
             for p in group["params"]:
                 seen[names[id(p)]] = group["weight_decay"], group["peak_lr"]
         assert set(seen) == set(names.values())
@@ -603,8 +610,8 @@ def stream(**changes):
     """Hashes of what a run's first six steps would see, in the order of the whole batch."""
     o = dict(world=1, micro=12, workers=0, start=0, seed=0) | changes
     view = train.functools.partial(train.view, size=16, scale=(0.5, 1.0))
-    collate = train.functools.partial(train.collate, grid=4, ratio=0.6)
-    views = data.Views(data.Shapes(16, count=40), view, o["seed"])
+    collate = functools.partial(train.collate, mask="random", grid=4, ratio=0.6)
+    views = data.Views(shapes.Shapes(16, count=40), view, o["seed"])
     ranks = [list(data.loader(views, data.Batches(40, 12, o["micro"], o["start"], 6, o["seed"], rank, o["world"]), o["workers"], collate=collate))
              for rank in range(o["world"])]
     return [zlib.crc32(image.numpy().tobytes() + mask.numpy().tobytes()) for micros in zip(*ranks, strict=True)
@@ -665,21 +672,21 @@ def write_images(folder, names, size=(40, 30)):
 
 def test_folders(tmp_path):
     root = write_images(tmp_path / "a", ["train/cat/1.jpg", "train/dog/x/2.PNG", "val/cat/3.jpg", "val/dog/4.jpg", "val/dog/5.bmp"])
-    source, held = data.Folder(root, "train"), data.Folder(root, "val")
+    source, held = sources.Folder(root, "train"), sources.Folder(root, "val")
     assert (len(source), len(held), source.classes, held.classes) == (2, 3, ["cat", "dog"], ["cat", "dog"])
     assert [source[i][1] for i in range(2)] == [0, 1] and source[0][0].shape == (3, 30, 40)
     root = write_images(tmp_path / "b", [f"{'cat' if i % 2 else 'dog'}/{i:03}.png" for i in range(40)])
-    source, held = data.Folder(root, "train"), data.Folder(root, "val")
+    source, held = sources.Folder(root, "train"), sources.Folder(root, "val")
     assert (len(source), len(held)) == (32, 8) and set(source.paths).isdisjoint(held.paths) and source.classes == ["cat", "dog"]
     root = write_images(tmp_path / "c", [f"é {i}.png" for i in range(5)])   # flat, any name
-    source, held = data.Folder(root, "train"), data.Folder(root, "val")
+    source, held = sources.Folder(root, "train"), sources.Folder(root, "val")
     assert (len(source), len(held), source[0][1], source.classes) == (4, 1, -1, [])
     os.symlink(root, tmp_path / "c" / "again")                              # and round in circles
-    assert len(data.Folder(root, "train")) == 4
+    assert len(sources.Folder(root, "train")) == 4
     (tmp_path / "d" / "cat").mkdir(parents=True)
     for wrong, says in ((tmp_path / "d", "no images"), (tmp_path / "nowhere", "no folder")):
         with pytest.raises(ValueError, match=says):
-            data.Folder(str(wrong), "train")
+            sources.Folder(str(wrong), "train")
 
 
 def png_of_16_bits(image):
@@ -698,7 +705,7 @@ def test_image_formats(tmp_path):
     for name, mode in (("grey.jpg", "L"), ("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("alpha.png", "RGBA"), ("bits.png", "1"),
                        ("a.gif", "P"), ("a.bmp", "RGB"), ("a.tif", "RGB"), ("a.webp", "RGB")):
         picture.convert(mode).save(tmp_path / name)
-        image = data.read_image(str(tmp_path / name))
+        image = sources.read_image(str(tmp_path / name))
         assert image.shape == (3, 32, 32) and image.dtype == torch.uint8, name
         if mode != "1":
             assert (image.float().mean(0)[[4, 4, 27, 27], [4, 27, 4, 27]] - torch.tensor([0., 80, 160, 240])).abs().max() < 12, name
@@ -707,41 +714,41 @@ def test_image_formats(tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.tif")
     torchvision.io.write_file(str(tmp_path / "deep_rgb.png"), torch.frombuffer(bytearray(png_of_16_bits(np.stack([deep] * 3, -1))), dtype=torch.uint8))
     for name in ("deep.png", "deep.tif", "deep_rgb.png"):
-        assert torch.equal(data.read_image(str(tmp_path / name)), torch.from_numpy(np.array(picture)).expand(3, 32, 32)), name
+        assert torch.equal(sources.read_image(str(tmp_path / name)), torch.from_numpy(np.array(picture)).expand(3, 32, 32)), name
     exif = Image.Exif()
     exif[0x0112] = 6                                                        # shot with the camera turned
     picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert data.read_image(str(tmp_path / "turned.jpg"))[0, 4, 4] > 140
+    assert sources.read_image(str(tmp_path / "turned.jpg"))[0, 4, 4] > 140
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "grey.jpg").read_bytes()[:150])
-    with pytest.raises(data.BadImage, match="broken.jpg is no readable image"):
-        data.read_image(str(tmp_path / "broken.jpg"))
+    with pytest.raises(sources.BadImage, match="broken.jpg is no readable image"):
+        sources.read_image(str(tmp_path / "broken.jpg"))
 
 
 def test_shapes_world():
-    world = data.Shapes(48)
+    world = shapes.Shapes(48)
     assert len(world) == 4096 and len(world.classes) >= 8
     for index in range(40):
         s = world.sample(index)
         x, y, radius, angle = s["pose"].tolist()
         assert s["image"].shape == (3, 48, 48) and s["image"].dtype == torch.uint8 and s["label"] == index % 10
-        assert torch.equal(s["image"], data.Shapes(48).sample(index)["image"])                         # by seed and index
+        assert torch.equal(s["image"], shapes.Shapes(48).sample(index)["image"])                         # by seed and index
         rows, columns = s["mask"].nonzero(as_tuple=True)
         assert len(rows) > 20                                               # the mask lies within the pose's circle
         far = ((columns + 0.5 - x * 48) ** 2 + (rows + 0.5 - y * 48) ** 2).sqrt().max()
         assert 0.7 < far / (radius * 48) < 1.15 and 0 <= angle < 2 * math.pi
-        large = data.Shapes(96).sample(index)                               # the same thing at any size
+        large = shapes.Shapes(96).sample(index)                               # the same thing at any size
         assert torch.equal(large["pose"], s["pose"])
         both = torch.nn.functional.max_pool2d(large["mask"][None].float(), 2)[0].bool()
         assert (both ^ s["mask"]).float().mean() < 0.06
     s, u = world.sample(0), world.sample(1)
-    assert not torch.equal(s["image"], data.Shapes(48, "val")[0][0]) and not torch.equal(s["image"], data.Shapes(48, seed=1)[0][0])
-    for kind, inside in data.KINDS.items():                                 # no kind looks the same when turned
+    assert not torch.equal(s["image"], shapes.Shapes(48, "val")[0][0]) and not torch.equal(s["image"], shapes.Shapes(48, seed=1)[0][0])
+    for kind, inside in shapes.KINDS.items():                                 # no kind looks the same when turned
         v, u = np.mgrid[-1:1:65j, -1:1:65j]
         upright = inside(u, v) > 0
         for degrees in (30, 60, 90, 120, 180, 240, 270):
             c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
             assert ((inside(c * u + s * v, c * v - s * u) > 0) ^ upright).sum() > 0.1 * upright.sum(), (kind, degrees)
-    spectrum = np.abs(np.fft.fft2(data.pink_noise(32, 64, np.random.default_rng(0))))[:, 0].mean(0)
+    spectrum = np.abs(np.fft.fft2(shapes.pink_noise(32, 64, np.random.default_rng(0))))[:, 0].mean(0)
     assert spectrum[2] / spectrum[16] == pytest.approx(8, rel=0.3)          # amplitude falls as 1/f
 
 
@@ -751,7 +758,7 @@ def test_downloads_say_what_failed(tmp_path, monkeypatch):
             raise OSError("no route to host\nmore")
 
     with pytest.raises(ValueError, match="^Unreachable cannot be downloaded to .*: no route to host$"):
-        data.Download(Unreachable, str(tmp_path))
+        sources.Download(Unreachable, str(tmp_path))
 
     class Arrays:                                                           # as CIFAR and STL-10 hold them
         classes = ["a", "b"]
@@ -760,9 +767,9 @@ def test_downloads_say_what_failed(tmp_path, monkeypatch):
             self.data = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape((2, 4, 4, 3) if last else (2, 3, 4, 4))
             setattr(self, *("targets", [1, 0]) if last else ("labels", np.array([1, -1])))
 
-    image, label = data.Download(Arrays, str(tmp_path), last=True)[1]
+    image, label = sources.Download(Arrays, str(tmp_path), last=True)[1]
     assert image.shape == (3, 4, 4) and image[:, 0, 0].tolist() == [48, 49, 50] and label == 0
-    image, label = data.Download(Arrays, str(tmp_path), last=False)[1]
+    image, label = sources.Download(Arrays, str(tmp_path), last=False)[1]
     assert image.shape == (3, 4, 4) and image[0, 0].tolist() == [48, 49, 50, 51] and label == -1
 
 
@@ -1310,7 +1317,7 @@ def protocol_of(*argv):
 def test_protocols(recipe, table):
     for (arch, protocol), row in table.items():
         found = protocol_of("--arch", arch, "--protocol", protocol, "--recipe", recipe)
-        assert found == row | dict(arch=arch, protocol=protocol, data="shapes"), (arch, protocol)
+        assert found == row | COLOURS | dict(arch=arch, protocol=protocol, data="shapes"), (arch, protocol)
         assert list(found) == finetune.KEYS
 
 
@@ -1326,7 +1333,8 @@ def test_protocol_defaults_and_overrides():
     deit = protocol_of("--arch", "deit_s", "--protocol", "scratch-deit")
     assert (deit["epochs"], deit["lr"], deit["layer_decay"], deit["repeated_augmentation"]) == (300, 1e-3, None, 3)
     given = dict(arch="resnet_nano", protocol="scratch-small", data="elsewhere", crop_scale=[0.5, 0.9], schedule="step", lr_step_epochs=[3, 4],
-                 optimizer="sgd", loss="bce", img_size=96, test_resize=120, test_crop=104, epochs=5, batch_size=12, repeated_augmentation=2)
+                 optimizer="sgd", loss="bce", img_size=96, test_resize=120, test_crop=104, epochs=5, batch_size=12, repeated_augmentation=2,
+                 channels=1, mean=[0.25], std=[0.125])
     given |= {k: 0.125 for k in finetune.KEYS if k not in given}
     argv = [s for k, v in given.items() for s in ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]]
     assert protocol_of(*argv) == given                                      # every key is an option
@@ -1339,15 +1347,15 @@ def test_protocol_defaults_and_overrides():
 
 def test_step_schedule_of_the_linear_probe():
     config = protocol_of("--arch", "resnet50", "--protocol", "linear")
-    assert [train.learning_rate(config, 5 * epoch, 5) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [optim.learning_rate(config, 5 * epoch, 5) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     config = protocol_of("--arch", "vit_b", "--protocol", "linear")
-    assert train.learning_rate(config, 0, 5) == 1 and train.learning_rate(config, 449, 5) < 1e-4
+    assert optim.learning_rate(config, 0, 5) == 1 and optim.learning_rate(config, 449, 5) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ finetune.py: parts
 
 def test_lamb_is_timms():
-    optim = pytest.importorskip("timm.optim")
+    timm = pytest.importorskip("timm")
     def problem():
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
@@ -1355,7 +1363,7 @@ def test_lamb_is_timms():
         return net, [dict(params=[net[0].weight, net[2].weight], weight_decay=0.02), dict(params=[net[0].bias, net[2].bias], weight_decay=0.0)]
 
     (ours, our_groups), (theirs, their_groups) = problem(), problem()
-    mine, peer = finetune.LAMB(our_groups, lr=8e-3), optim.Lamb(their_groups, lr=8e-3, max_grad_norm=1.0)
+    mine, peer = optim.LAMB(our_groups, lr=8e-3), timm.optim.Lamb(their_groups, lr=8e-3, max_grad_norm=1.0)
     x = torch.randn(8, 6, dtype=torch.float64)
     for scale in (1e-3, 1.0, 30.0, 1e3, 1.0, 0.0):                          # clipped and not
         for net, optimizer in ((ours, mine), (theirs, peer)):
@@ -1365,7 +1373,7 @@ def test_lamb_is_timms():
         for a, b in zip(ours.parameters(), theirs.parameters()):
             assert relative(a, b) < 1e-12
     again, groups = problem()
-    other = finetune.LAMB(groups, lr=8e-3)
+    other = optim.LAMB(groups, lr=8e-3)
     other.load_state_dict(mine.state_dict())                                # continues with its moments and its step
     assert other.state[again[0].weight]["steps"] == 6 and torch.equal(other.state[again[0].weight]["mean"], mine.state[ours[0].weight]["mean"])
 
@@ -1422,13 +1430,13 @@ def test_pose_and_mask_metrics():
     found[0, 0, :, :1] = 1
     sums = [float(v) for v in losses.mask_sums(found, mask)]
     assert sums == [2, 10, 6, 14] and losses.TASKS["mask"].metrics(sums, 1)["miou"] == pytest.approx(50 * (2 / 10 + 6 / 14))
-    world = data.Shapes(32, target="pose")
-    assert torch.equal(world[3][1], world.sample(3)["pose"]) and torch.equal(data.Shapes(32, target="mask")[3][1], world.sample(3)["mask"])
+    world = shapes.Shapes(32, target="pose")
+    assert torch.equal(world[3][1], world.sample(3)["pose"]) and torch.equal(shapes.Shapes(32, target="mask")[3][1], world.sample(3)["mask"])
 
 
 def test_layer_decay():
     model = models.Predictor(models.build("vit_b", 32, dim=32, depth=12, heads=2, mlp_dim=64).encoder, 5)
-    scales = finetune.layer_scales(model, 0.65)
+    scales = optim.layer_scales(model, 0.65)
     assert set(scales) == {n for n, _ in model.named_parameters()}
     for name, scale in scales.items():
         if m := re.match(r"encoder\.blocks\.(\d+)\.", name):
@@ -1436,12 +1444,12 @@ def test_layer_decay():
         else:
             assert scale == pytest.approx(0.65 ** 13 if name.startswith("encoder.") else 1)
     assert {n for n, s in scales.items() if s == 1} == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    resnet = finetune.layer_scales(models.Predictor(models.build("resnet_nano", 32).encoder, 5), 0.5)
+    resnet = optim.layer_scales(models.Predictor(models.build("resnet_nano", 32).encoder, 5), 0.5)
     assert [resnet[n] for n in ("encoder.conv1.weight", "encoder.layer1.0.conv1.weight", "encoder.layer4.0.conv1.weight", "head.bias")] == [1 / 32, 1 / 16, 1 / 2, 1]
     config = protocol_of("--arch", "vit_nano", "--weight-decay", 0.05, "--layer-decay", 0.5)
     model = models.Predictor(models.build("vit_nano", 32).encoder, 5)
     names, seen = {id(p): n for n, p in model.named_parameters()}, {}
-    for group in finetune.make_optimizer(model, config).param_groups:
+    for group in optim.make_optimizer(model, config).param_groups:
         seen |= {names[id(p)]: (group["weight_decay"], group["peak_lr"]) for p in group["params"]}
     assert seen["encoder.blocks.3.mlp.fc1.weight"] == (0.05, config["lr"] / 2) and seen["fc_norm.weight"] == (0, config["lr"])
     assert seen["encoder.pos_embed"] == (0, config["lr"] / 32) and seen["encoder.blocks.0.attn.relative_position_bias_table"][0] == 0
@@ -1451,7 +1459,7 @@ def test_layer_decay():
 def test_ema_by_hand():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).double()
-    ema, wanted = finetune.EMA(model, 0.9, warmup_steps=4), {n: p.detach().clone() for n, p in model.named_parameters()}
+    ema, wanted = optim.EMA(model, 0.9, warmup_steps=4), {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(7):
         with torch.no_grad():
             for p in model.parameters():
@@ -1511,11 +1519,11 @@ def test_evaluation_crop():
 def test_knn_by_hand():
     bank = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [-1, 0]]), dim=1)
     labels, query = torch.tensor([0, 2, 1, 1]), torch.tensor([[1.0, 0]])
-    votes = finetune.knn(bank, labels, query, 3, 0.5, 4)
+    votes = evaluate.knn(bank, labels, query, 3, 0.5, 4)
     wanted = torch.tensor([[math.exp(2), math.exp(0), math.exp(1 / math.sqrt(1.01) / 0.5), 0]])
     assert torch.allclose(votes / votes.sum(), wanted / wanted.sum())
-    assert finetune.knn(bank, labels, query, 3, 1e-6, 4).isfinite().all()   # however cold
-    assert finetune.knn(bank, labels, query, 4, 100.0, 4).argmax() == 1     # a high temperature counts heads
+    assert evaluate.knn(bank, labels, query, 3, 1e-6, 4).isfinite().all()   # however cold
+    assert evaluate.knn(bank, labels, query, 4, 100.0, 4).argmax() == 1     # a high temperature counts heads
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano"])
@@ -1625,7 +1633,7 @@ def test_a_training_step_by_hand(labelled, tmp_path):
     torch.manual_seed(data.key(0))
     model = models.Predictor(models.build("vit_nano", 32).encoder, 3)
     weights.load(model, tmp_path / "start.pt")
-    source, velocity = data.Folder(str(labelled), "train"), {}
+    source, velocity = sources.Folder(str(labelled), "train"), {}
     for step, batch in enumerate(data.Batches(48, 12, 12, 0, 2)):
         views = data.Views(source, lambda sample, g: finetune.train_view(sample, g, config))
         image, label = (torch.stack(list(map(torch.as_tensor, each))) for each in zip(*(views[s][0] for s in batch)))
@@ -1855,7 +1863,7 @@ def test_fine_tuning_on_two_processes(labelled, tmp_path):
 def test_processes_fail_together(tmp_path):
     done = process(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--data", tmp_path / "nowhere"])
     assert done.returncode and [line for line in done.stderr.splitlines() if line.startswith("train.py:")] == [
-        f"train.py: no folder {tmp_path / 'nowhere'}: --data takes {', '.join(data.SOURCES)}, or a folder of images, or a pack"]
+        f"train.py: no folder {tmp_path / 'nowhere'}: --data takes {', '.join(sources.SOURCES)}, or a folder of images, or a pack"]
     assert "train.py\", line" not in done.stderr                             # torchrun's own report, but none of ours
 
 
@@ -1869,9 +1877,9 @@ def test_published_command_with_a_small_batch(tmp_path):
 
 def test_crops_are_pils(tmp_path):
     """The same boxes cut by PIL, and by torchvision's own function, differ by rounding only."""
-    image = data.Shapes(300, count=1)[0][0]
+    image = shapes.Shapes(300, count=1)[0][0]
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "i.jpg", quality=95)
-    image, photo = data.read_image(str(tmp_path / "i.jpg")), Image.open(tmp_path / "i.jpg").convert("RGB")
+    image, photo = sources.read_image(str(tmp_path / "i.jpg")), Image.open(tmp_path / "i.jpg").convert("RGB")
     for seed, (kind, scale) in itertools.product(range(6), ((data.BILINEAR, (0.67, 1.0)), (data.BICUBIC, (0.08, 0.2)))):
         ours = data.random_resized_crop(image, 112, scale, data.generator(seed), interpolation=kind)
         box, flip = data.crop_box(300, 300, scale, data.generator(seed))
@@ -1890,7 +1898,7 @@ def pictures(tmp_path_factory):
     for kind in range(3):
         (root / f"class{kind}").mkdir()
         for i, (size, side) in enumerate([(32, 32)] * 12 + [(90, 90), (300, 200)]):
-            image = data.Shapes(size, count=200)[10 * i + kind][0][..., :side]
+            image = shapes.Shapes(size, count=200)[10 * i + kind][0][..., :side]
             torchvision.io.write_png(image, str(root / f"class{kind}" / f"{i}.png"))
     return root
 
@@ -1901,8 +1909,8 @@ def test_pack_holds_the_images(pictures, tmp_path, capsys):
         assert "42 images" in (said := capsys.readouterr()).out and "Now --data" in said.out and not said.err
         assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(name)) == [name]     # nothing half-written left
         for split in ("train", "val", "test"):
-            files, packed = data.Folder(pictures, split), data.open_source(str(tmp_path / name), split, 32)
-            assert isinstance(packed, data.Packed) and len(packed) == len(files) and packed.classes == files.classes
+            files, packed = sources.Folder(pictures, split), sources.open_source(str(tmp_path / name), split, 32)
+            assert isinstance(packed, sources.Packed) and len(packed) == len(files) and packed.classes == files.classes
             if split != "test":                                             # there, those for training come first
                 assert np.array_equal(packed.labels, files.labels)
                 for i in range(len(files)):
@@ -1931,13 +1939,13 @@ def test_packs_keep_what_sources_say(tmp_path):
     (root / "train" / "a" / "9.jpg").write_text("hello")
     images, problems = data.pack(str(root), str(tmp_path / "set.pack"))
     assert images == 16 and len(problems) == 1 and "9.jpg is no readable image" in problems[0]
-    sizes = {split: len(data.Packed(str(tmp_path / "set.pack"), split)) for split in ("train", "val", "test")}
+    sizes = {split: len(sources.Packed(str(tmp_path / "set.pack"), split)) for split in ("train", "val", "test")}
     assert sizes == dict(train=12, val=4, test=4)
-    assert data.Packed(str(tmp_path / "set.pack"), "val").empty == data.Folder(root, "val").empty == ["c"]
+    assert sources.Packed(str(tmp_path / "set.pack"), "val").empty == sources.Folder(root, "val").empty == ["c"]
     flat = tmp_path / "flat"
     write_images(flat, [f"{i}.png" for i in range(40)])
     data.pack(str(flat), str(tmp_path / "flat.pack"))
-    assert (data.Packed(str(tmp_path / "flat.pack"), "train").labels == -1).all()
+    assert (sources.Packed(str(tmp_path / "flat.pack"), "train").labels == -1).all()
 
 
 def test_training_from_a_pack_is_training_from_files(pictures, tmp_path):
@@ -1965,12 +1973,12 @@ def test_damaged_packs(pictures, tmp_path, capsys):
     pixels = (tmp_path / "pack" / "images.bin").read_bytes()
 
     def checked(offset, length, label, height, width):                      # a record whose checksum is right
-        record = np.array((offset, length, label, height, width, 0), data.RECORD)
-        record["check"] = data.checksum(record, pixels[offset:offset + length])
+        record = np.array((offset, length, label, height, width, 0), sources.RECORD)
+        record["check"] = sources.checksum(record, pixels[offset:offset + length])
         return record.tobytes()
 
     flip = lambda at: lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
-    huge = np.array([(2 ** 63, 2 ** 31, 0, 2 ** 31, 2 ** 31, 0)], data.RECORD).tobytes()
+    huge = np.array([(2 ** 63, 2 ** 31, 0, 2 ** 31, 2 ** 31, 0)], sources.RECORD).tobytes()
     cases = [("short", "images.bin", lambda c: c[:-1], "truncated"), ("index", "index.bin", lambda c: c[:-28], "truncated"),
              ("odd", "index.bin", lambda c: c[:-1], "half-written or damaged"), ("none", "pack.json", lambda c: None, "half-written"),
              ("text", "pack.json", lambda c: b"hello", "half-written or damaged"), ("list", "pack.json", lambda c: b"[1]", "damaged"),
@@ -1994,9 +2002,9 @@ def test_damaged_packs(pictures, tmp_path, capsys):
         said = capsys.readouterr().err.splitlines()
         assert error.value.code == 2 and len(said) == 1 and says in said[0] and "pack the images again" in said[0], (name, said)
         assert {p: p.read_bytes() for p in path.iterdir()} == before
-    packed = data.Packed(str(tmp_path / "pack"), "train")
+    packed = sources.Packed(str(tmp_path / "pack"), "train")
     os.truncate(tmp_path / "pack" / "images.bin", 100)                      # while it is in use
-    with pytest.raises(data.BadImage, match="is damaged"):
+    with pytest.raises(sources.BadImage, match="is damaged"):
         packed[len(packed) - 1]
 
 
@@ -2016,7 +2024,7 @@ def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
     left = {p.name: p.read_bytes() for p in partial.iterdir()}
     assert not out.exists() and sorted(left) == ["images.bin", "index.bin", "pack.json"]
     with pytest.raises(ValueError, match="half-written"):
-        data.open_source(str(partial), "train", 32)
+        sources.open_source(str(partial), "train", 32)
     again = process(command[1:])                                            # might be another one that is still at it
     assert again.returncode == 2 and "pack.partial exists" in again.stderr and {p.name: p.read_bytes() for p in partial.iterdir()} == left
     shutil.rmtree(partial)
@@ -2028,13 +2036,13 @@ def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
     assert full.returncode == 2 and "No space left" in full.stderr and "Traceback" not in full.stderr and len(full.stderr.splitlines()) == 1
     assert not out.exists() and not partial.exists()
     done = process(command[1:])
-    assert done.returncode == 0 and not partial.exists() and len(data.Packed(str(out), "train")) == 33
+    assert done.returncode == 0 and not partial.exists() and len(sources.Packed(str(out), "train")) == 33
     before = (out / "images.bin").read_bytes()
     again = process(command[1:])
     assert again.returncode == 2 and "exists: choose another name" in again.stderr and (out / "images.bin").read_bytes() == before
 
 
-@pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 and"), ("{p} {t}/x --quality 101", "neither in 1..100 nor raw"),
+@pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 may"), ("{p} {t}/x --quality 101", "neither in 1..100 nor raw"),
                                           ("{p} {t}/x --quality best", "best is neither"), ("{t}/missing {t}/x", "no folder"),
                                           ("{p}", "required: OUT"), ("{p} /dev/null/x", "/dev/null"), ("{p} shapes", "knows")])
 def test_bad_input_of_pack_is_one_line(options, says, pictures, tmp_path, capsys):
@@ -2135,7 +2143,7 @@ def test_compiled_and_in_bf16(arch, options):
     """One graph, forward and backward; under bf16, loss and gradient are those of float32 to its precision."""
     torch.manual_seed(0)
     model = models.build(arch, 32, **options)
-    image, mask = data.normalize(torch.stack([data.Shapes(32)[i][0] for i in range(8)])), masking.random_mask(8, 4, 0.6)
+    image, mask = data.normalize(torch.stack([shapes.Shapes(32)[i][0] for i in range(8)])), masking.random_mask(8, 4, 0.6)
     criterion = losses.A2MIMLoss()
 
     def gradient(call, amp):
@@ -2572,22 +2580,22 @@ def test_survives_damage(pictures, tmp_path, capsys):
     assert (tmp_path / "run" / "damaged.pt").read_bytes() == content and weights.read(again.previous, sealed=True)["step"] == 1
     assert weights.read(str(last), sealed=True)["step"] == 2
     data.pack(str(pictures), str(tmp_path / "pack"))
-    names = {name: (tmp_path / "pack" / name).read_bytes() for name in data.NAMES}
+    names = {name: (tmp_path / "pack" / name).read_bytes() for name in sources.NAMES}
     for name, whole in names.items():
         for content in damages(whole, 100 if name == "images.bin" else 40):
             (tmp_path / "pack" / name).write_bytes(content)
             with pytest.raises(ValueError, match="damaged|truncated|half-written|this program reads"):     # BadImage is one
                 for split in ("train", "val"):
-                    packed = data.Packed(str(tmp_path / "pack"), split)
+                    packed = sources.Packed(str(tmp_path / "pack"), split)
                     [packed[i] for i in range(len(packed))]
         (tmp_path / "pack" / name).write_bytes(whole)
-    assert len(data.Packed(str(tmp_path / "pack"), "train")) == 33
+    assert len(sources.Packed(str(tmp_path / "pack"), "train")) == 33
 
 
 def odd_images(folder, count):
     """`count` of each kind that is met in the wild. Returns the names of those that nobody could read."""
     folder.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(data.Shapes(40)[3][0].permute(1, 2, 0).numpy())
+    picture = Image.fromarray(shapes.Shapes(40)[3][0].permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG")
     jpeg = buffer.getvalue()
@@ -2625,15 +2633,15 @@ def test_odd_images(tmp_path, monkeypatch):
 
     bad = odd_images(tmp_path, 1)
     monkeypatch.setattr(subprocess, "Popen", started)                       # as Pillow would for the EPS file
-    picture = data.Shapes(40)[3][0]
+    picture = shapes.Shapes(40)[3][0]
     for path in sorted(tmp_path.iterdir()):
         if path.name in bad or path.is_dir():
-            with pytest.raises(data.BadImage, match=re.escape(path.name) + " is no readable image") as error:
-                data.read_image(str(path))
+            with pytest.raises(sources.BadImage, match=re.escape(path.name) + " is no readable image") as error:
+                sources.read_image(str(path))
             assert ("too many" in str(error.value)) == ("bomb" in path.name), error.value
             assert len(str(error.value).splitlines()) == 1
             continue
-        image = data.read_image(str(path))
+        image = sources.read_image(str(path))
         assert image.dtype == torch.uint8
         size = {"0-pixel.png": (1, 1), "0-strip.png": (2, 3000)}.get(path.name, (40, 40))
         assert image.shape == (3, *size)
@@ -2641,7 +2649,7 @@ def test_odd_images(tmp_path, monkeypatch):
         if size == (40, 40) and not re.search("bits|grey|palette|gif", path.name):
             assert (image.float() - expected).abs().mean() < 12, path.name
         assert data.evaluation_crop(image, 256, 224).shape == data.random_resized_crop(image, 224, (0.1, 1), data.generator(0)).shape == (3, 224, 224)
-    strip = data.Shapes(40)[0][0].repeat(1, 1, 101)[:, :2, :4000]           # the middle of a strip is what it was
+    strip = shapes.Shapes(40)[0][0].repeat(1, 1, 101)[:, :2, :4000]           # the middle of a strip is what it was
     assert torch.equal(data.evaluation_crop(strip, 32, 32), data.TF.center_crop(data.TF.resize(strip, [32], data.BICUBIC, antialias=True), [32, 32]))
 
 
@@ -2655,7 +2663,7 @@ def mixed(tmp_path_factory):
         for i in range(count):
             path = root / split / "ab"[i % 2] / f"photo{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(data.Shapes(48, count=400)[i][0].permute(1, 2, 0).numpy()).save(path)
+            Image.fromarray(shapes.Shapes(48, count=400)[i][0].permute(1, 2, 0).numpy()).save(path)
     for i in range(4):
         (root / "val" / "a" / f"broken{i}.jpg").write_bytes(b"broken")
     return root, {str(root / "train" / "a" / name) for name in bad}
@@ -2742,15 +2750,15 @@ def test_a_step_left_out_leaves_no_trace(optimizer, when):
     def train_on(batches):
         torch.manual_seed(0)
         model = models.Predictor(models.build("resnet_nano", 32).encoder, 3).train()
-        made = finetune.make_optimizer(model, dict(optimizer=optimizer, lr=0.01, weight_decay=0.1, layer_decay=None))
+        made = optim.make_optimizer(model, dict(optimizer=optimizer, lr=0.01, weight_decay=0.1, layer_decay=None))
         scaler = train.precision("off", torch.device("cpu"))[1]
         for image in batches:
-            before = train.statistics(model)
+            before = optim.statistics(model)
             loss = model(image).square().mean()
             loss.backward()
-            skipped = train.update(model, made, scaler, 1.0, loss.detach(), before)
+            skipped = optim.update(model, made, scaler, 1.0, loss.detach(), before)
             assert bool(skipped) == bool(image.isnan().any())
-        return [p.detach() for p in model.parameters()] + [value for _, value in train.statistics(model)] + [
+        return [p.detach() for p in model.parameters()] + [value for _, value in optim.statistics(model)] + [
             t for state in made.state.values() for t in state.values() if torch.is_tensor(t)]
 
     images = list(torch.randn(4, 6, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
@@ -2772,7 +2780,7 @@ def test_survives_no_longer(tmp_path, capsys, monkeypatch):
     assert error.value.code == 2 and len(said.err.splitlines()) == 1 and said.out.count("is left out") == 20
     assert f"in 20 steps, up to 22: try a smaller --lr, or --amp off. The last good checkpoint is {tmp_path / 'run' / 'last.pt'}, of step 2" in said.err
     monkeypatch.undo()
-    monkeypatch.setattr(train, "update", lambda model, *_: [p.data.fill_(math.inf) for p in model.parameters()] and torch.zeros(()))
+    monkeypatch.setattr(optim, "update", lambda model, *_: [p.data.fill_(math.inf) for p in model.parameters()] and torch.zeros(()))
     with pytest.raises(SystemExit) as error:
         train.main([*options, "--steps", "3"])
     assert error.value.code == 2 and "weights are no longer finite" in capsys.readouterr().err
@@ -2812,13 +2820,13 @@ def test_the_same_command(tmp_path, capsys, monkeypatch):
 
 FATAL = """
 import sys, train
-update, calls = train.update, []
+update, calls = optim.update, []
 def broken(*args):
     calls.append(1)
     if len(calls) == 3:
         raise MemoryError("no room")
     return update(*args)
-train.update = broken
+optim.update = broken
 train.main(sys.argv[1:])
 """
 
@@ -3210,7 +3218,7 @@ def test_interaction_of_a_network_by_enumeration(tmp_path, capsys):
                   "--workers", "0", "--out", str(out)])
     (places, J, errors), = analysis(out, "interaction")["curves"]["interaction strength J by order m / (n² − 2)"].values()
     assert "4,096 forward passes where four a context would be" in capsys.readouterr().out    # 8 images × 2⁹ coalitions
-    source = data.open_source(str(tmp_path / "images"), "val", 24)
+    source = sources.open_source(str(tmp_path / "images"), "val", 24)
     chosen = torch.randperm(12, generator=data.generator(0, "val"))[:8].tolist()
     sizes, strength = [int(7 * r) for r in places], []
     every = torch.tensor([[c >> p & 1 for p in range(9)] for c in range(512)]).view(512, 1, 3, 3).float().repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -3257,7 +3265,7 @@ def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
 
     def features(split, images):
         """[what each block gives, (B, 1 + N, D)], [what its attention takes in], labels."""
-        source = data.open_source(folder, split, 24)
+        source = sources.open_source(folder, split, 24)
         order = torch.randperm(24, generator=data.generator(0, split))[:images].tolist()
         batch = torch.stack([data.evaluation_crop(source[i][0], 24, 24) for i in order])
         outputs, inputs, hooks = [], [], []
@@ -3286,7 +3294,7 @@ def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
             assert relative(means[number], by_hand.mean()) < 1e-4 and relative(errors[number], by_hand.mean((1, 2)).std() / 14 ** 0.5) < 1e-3
         kl = [(p[:, g] * (p[:, g] / p[:, h]).log()).sum(-1).mean() for g in range(4) for h in range(4) if g != h]
         assert relative(curves["KL divergence between heads, nats, by block"]["toy"][1][number], sum(kl) / 12) < 1e-3
-    source = data.open_source(folder, "val", 24)
+    source = sources.open_source(folder, "val", 24)
     order = torch.randperm(24, generator=data.generator(0, "val"))[:14].tolist()
     x = data.normalize(torch.stack([data.evaluation_crop(source[i][0], 24, 24) for i in order]))
     mask = masking.random_mask(14, 3, 0.6, [data.generator(0, "mask", i) for i in range(14)])   # three patches a side, a block each
@@ -3304,7 +3312,7 @@ def test_analyses_look_at_what_they_say(studied, tmp_path, capsys):
     analyze.main([paths["vit"], "--data", folder, "--images", "14", "--only", "fourier", "--workers", "0", "--out", str(tmp_path / "fourier")])
     result, vit = analysis(tmp_path / "fourier", "fourier"), models.build("vit_nano", 32).encoder
     weights.load(models.A2MIM(vit), paths["vit"])
-    source, seen = data.open_source(folder, "val", 32), []
+    source, seen = sources.open_source(folder, "val", 32), []
     order = torch.randperm(24, generator=data.generator(0, "val"))[:14].tolist()
     hooks = [m.register_forward_hook(hook) for b in vit.blocks for m, hook in ((b.norm2, lambda m, args, o: seen.append(args[0])), (b, lambda m, a, o: seen.append(o)))]
     with torch.no_grad():

@@ -24,6 +24,8 @@ import harness
 import losses
 import masking
 import model as models
+import optim
+import sources
 from harness import RANK, fail, say, together
 from recipes import IMAGENET100, METHODS, RECIPES
 
@@ -50,7 +52,7 @@ CONFIG = {  # key of the configuration: (type of --key, help, choices); the reci
     "arch": (str, "architecture, and with it the recipe", RECIPES),
     "method": (str, "published method, or baseline", METHODS),
     "data": (str, "a folder of images, of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
-                  f"{', '.join(data.SOURCES)} (all but shapes are downloaded)", None),
+                  f"{', '.join(sources.SOURCES)} (all but shapes are downloaded)", None),
     "channels": (number(int, 1, 1000), "of images; 1: colours become grey; absent: as many as --mean has", None),
     "mean": (float, "of each channel, pixels in 0..1 (data.py stats measures it; absent: ImageNet's)", None),
     "std": (float, "standard deviation of each channel, the same way", None),
@@ -165,59 +167,6 @@ def build(config):
     return model, losses.A2MIMLoss(config["spatial_loss"], config["frequency_loss"], **frequency)
 
 
-# ------------------------------------------------------------------------------------------------ optimization
-
-def learning_rate(config, step, steps_per_epoch):
-    """The factor on every group's learning rate at an optimizer step, counted from 0: warm-up, then step or cosine."""
-    total = config["epochs"] * steps_per_epoch
-    warmup = min(round(config["warmup_epochs"] * steps_per_epoch), total // 2)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config["schedule"] == "step":
-        return 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.get("lr_step_epochs") or [config["lr_step_epoch"]])
-    lowest = min(1.0, config["min_lr"] / config["lr"]) if config["lr"] else 1.0
-    return lowest + (1 - lowest) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-
-
-def decays(name, parameter):
-    """Weight decay is for weight matrices only."""
-    return parameter.squeeze().ndim > 1 and not name.endswith(("cls_token", "pos_embed", "relative_position_bias_table"))
-
-
-def make_optimizer(model, config):
-    """AdamW: no decay for whatever is not a weight matrix; the mask token and γ at their own lr."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        decay, token = decays(name, parameter), name.startswith("mask_token.")
-        group = groups.setdefault((decay, token), dict(
-            params=[], weight_decay=config["weight_decay"] if decay else 0.0,
-            peak_lr=config["lr"] * (config["token_lr_scale"] if token else 1.0)))
-        group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), lr=config["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-def statistics(model):
-    """What a forward pass changes, running means and variances of batch norms: pairs of the buffer and its value now."""
-    return [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
-
-
-def update(model, optimizer, scaler, clip, loss, before):
-    """The optimizer step, once all gradients are there; left out where the loss or the gradient is not finite, and then the
-    statistics are as they were `before` the step. All on the device, which nobody waits for. Returns 1 if it was left out, else 0."""
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
-    skipped = (~(norm + loss).isfinite()).float()
-    optimizer.found_inf = skipped                                           # optimizers look at it on the device
-    optimizer.step()
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    for buffer, value in before:
-        buffer.copy_(torch.where(skipped > 0, value, buffer))
-    return skipped
-
-
 def precision(amp, device):
     """(autocast context factory, gradient scaler) of --amp on a device."""
     if amp == "auto":
@@ -305,7 +254,7 @@ def prepare(args, config, world, device):
     torch.manual_seed(data.key(args.seed))
     model, criterion = build(config)
     size, grid = config["img_size"], config["img_size"] // config["mask_size"]
-    source, held_out = (data.open_source(config["data"], split, size, config["channels"]) for split in ("train", "val"))
+    source, held_out = (sources.open_source(config["data"], split, size, config["channels"]) for split in ("train", "val"))
     total = config["epochs"] * (len(source) // config["batch_size"])
     name = os.path.basename(os.path.normpath(config["data"]))
     out = args.out or os.path.join("runs", f"{config['arch']}-{config['method']}-{name}")
@@ -325,8 +274,8 @@ def prepare(args, config, world, device):
 
 
 def train(args, config, world, device):
-    if config["data"] in data.SOURCES:                                      # one process of each machine downloads
-        together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and data.open_source(config["data"], "train", 32))
+    if config["data"] in sources.SOURCES:                                      # one process of each machine downloads
+        together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and sources.open_source(config["data"], "train", 32))
     run, this = together(lambda: prepare(args, config, world, device))
     model, criterion, steps_per_epoch, accumulate = this.model, this.criterion, this.steps_per_epoch, config["batch_size"] // (this.micro_batch * world)
 
@@ -344,7 +293,7 @@ def train(args, config, world, device):
 
     # ---- model, optimizer, precision, data
     model = place(model, device, world)
-    optimizer = make_optimizer(model, config)
+    optimizer = optim.make_optimizer(model, config)
     autocast, scaler = precision(args.amp, device)
     if run.resumed:
         together(lambda: run.restore(model, optimizer, scaler))
@@ -360,10 +309,10 @@ def train(args, config, world, device):
     with run.underway(snapshot, PARTS, LINE, config["batch_size"]):
         for step in range(run.start, run.stop):
             torch.manual_seed(data.key(args.seed, step, RANK))              # drop path, the same when continued
-            factor = learning_rate(config, step, steps_per_epoch)
+            factor = optim.learning_rate(config, step, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            parts, problems, before = torch.zeros(len(PARTS), device=device), [], statistics(model)
+            parts, problems, before = torch.zeros(len(PARTS), device=device), [], optim.statistics(model)
             for micro in range(accumulate):
                 batch, unreadable = next(stream)
                 image, mask = (tensor.to(device, non_blocking=True) for tensor in batch)
@@ -377,7 +326,7 @@ def train(args, config, world, device):
                 parts += torch.stack([loss[name].detach() for name in PARTS]) / accumulate
                 problems += unreadable
             sums = run.agree(parts, problems)
-            skipped = update(model, optimizer, scaler, config["clip"], sums[0], before)
+            skipped = optim.update(model, optimizer, scaler, config["clip"], sums[0], before)
 
             done = step + 1
             run.report(done, sums, skipped, config["lr"] * factor)
