@@ -156,22 +156,24 @@ class Folder:
 
 
 class Download:
-    """A torchvision data set of uint8 arrays, fetched to `root` when first asked for. Raises ValueError if it can't be."""
+    """A torchvision data set of bytes, (N, H, W), (N, H, W, 3) or (N, 3, H, W), fetched to `root` when first asked for. Raises
+    ValueError if it can't be."""
 
     def __init__(self, cls, root="downloads", **split):
         try:
             self.set = cls(root, download=True, **split)
         except Exception as error:                                          # network, disk and archive errors alike
             raise ValueError(f"{cls.__name__} cannot be downloaded to {root}/: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-        self.channels_last, self.classes = self.set.data.shape[-1] == 3, self.set.classes
+        self.classes = list(self.set.classes)
         self.labels = np.array(getattr(self.set, "targets", getattr(self.set, "labels", None)))
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        image = torch.from_numpy(self.set.data[index])
-        return image.permute(2, 0, 1) if self.channels_last else image, int(self.labels[index])
+        image = np.asarray(self.set.data[index])
+        image = torch.from_numpy(image if image.shape[0] == 3 else np.atleast_3d(image).transpose(2, 0, 1))
+        return image, int(self.labels[index])
 
 
 # ------------------------------------------------------------------------------------------------ packed images
@@ -253,6 +255,7 @@ SOURCES = {  # name -> source of a split ("train", or "val" or "test") for a mod
     "shapes": lambda split, size: Shapes(size, split),
     "cifar10": lambda split, size: Download(torchvision.datasets.CIFAR10, train=split == "train"),
     "cifar100": lambda split, size: Download(torchvision.datasets.CIFAR100, train=split == "train"),
+    "fashion_mnist": lambda split, size: Download(torchvision.datasets.FashionMNIST, train=split == "train"),      # grey
     "stl10": lambda split, size: Download(torchvision.datasets.STL10, split="train+unlabeled" if split == "train" else "test"),
 }
 

@@ -55,7 +55,7 @@ class Subject:
         self.encoder, self.logits, self.mim = model.encoder, model if isinstance(model, models.Predictor) else None, None
         if not self.logits and not any(name.startswith(("decoder.", "mask_token.")) for name in about["missing"]):
             self.mim = model
-        self.channels, self.mean, self.std = data.colours({}, run).values()
+        self.channels, self.mean, self.std = (about[key] for key in ("channels", "mean", "std"))
         self.resize = run.get("test_resize") or (self.size if "nano" in models.like(self.arch) else round(self.size * 256 / 224))
         self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
         usual = self.size // 32 if self.size >= 128 and self.size % 32 == 0 else 4 if self.grid % 4 == 0 else self.grid

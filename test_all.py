@@ -1355,7 +1355,7 @@ def test_step_schedule_of_the_linear_probe():
 # ------------------------------------------------------------------------------------------------ finetune.py: parts
 
 def test_lamb_is_timms():
-    timm = pytest.importorskip("timm")
+    peers = pytest.importorskip("timm.optim")
     def problem():
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
@@ -1363,7 +1363,7 @@ def test_lamb_is_timms():
         return net, [dict(params=[net[0].weight, net[2].weight], weight_decay=0.02), dict(params=[net[0].bias, net[2].bias], weight_decay=0.0)]
 
     (ours, our_groups), (theirs, their_groups) = problem(), problem()
-    mine, peer = optim.LAMB(our_groups, lr=8e-3), timm.optim.Lamb(their_groups, lr=8e-3, max_grad_norm=1.0)
+    mine, peer = optim.LAMB(our_groups, lr=8e-3), peers.Lamb(their_groups, lr=8e-3, max_grad_norm=1.0)
     x = torch.randn(8, 6, dtype=torch.float64)
     for scale in (1e-3, 1.0, 30.0, 1e3, 1.0, 0.0):                          # clipped and not
         for net, optimizer in ((ours, mine), (theirs, peer)):

@@ -267,7 +267,8 @@ def recognise(state, size=224, presets=models.PRESETS, where="the dictionary", c
 
 def open_model(path):
     """The model in a file: a Predictor if there is a classifier, else an A2MIM. Returns (model, about it): a dictionary of arch, size,
-    run (what our checkpoints say of it), classes (their names, if known) and the report of `load`. Raises ValueError."""
+    run (what our checkpoints say of it), classes (their names, if known), channels, mean and std (of images), and the report of `load`.
+    Raises ValueError."""
     checkpoint = read(path)
     kind, items = unpack(checkpoint, path)
     run, state = run_of(checkpoint), {new: value for _, new, value in items}
@@ -282,7 +283,8 @@ def open_model(path):
         report = load(model, checkpoint, path)
     except (IndexError, RuntimeError, TypeError) as error:                  # odd shapes
         raise ValueError(f"{path} holds no whole model: {str(error).splitlines()[0]}") from None
-    return model, dict(arch=arch, size=size, run=run, classes=classes if isinstance(classes, list) else None) | report
+    classes = classes if isinstance(classes, list) else None
+    return model, dict(arch=arch, size=size, run=run, classes=classes) | data.colours({}, run) | report
 
 
 def starred(name):
