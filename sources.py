@@ -255,7 +255,6 @@ SOURCES = {  # name -> source of a split ("train", or "val" or "test") for a mod
     "shapes": lambda split, size: Shapes(size, split),
     "cifar10": lambda split, size: Download(torchvision.datasets.CIFAR10, train=split == "train"),
     "cifar100": lambda split, size: Download(torchvision.datasets.CIFAR100, train=split == "train"),
-    "fashion_mnist": lambda split, size: Download(torchvision.datasets.FashionMNIST, train=split == "train"),      # grey
     "stl10": lambda split, size: Download(torchvision.datasets.STL10, split="train+unlabeled" if split == "train" else "test"),
 }
 

@@ -9,15 +9,14 @@ Each run has a folder below --out: OUT/TABLE/ARCH/ROW/seedN, with a result.json 
 the same command goes on where it was. A new row is a line of ROWS, a new table one of TABLES.
 """
 import argparse
-import concurrent.futures
 import glob
 import json
 import os
 import platform
-import queue
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import torch
@@ -74,9 +73,9 @@ def commands(args, table, row, arch, seed):
                      *(["--labels", str(labels)] if labels else [])]
 
 
-def perform(args, slots, run):
+def perform(args, slot, run):
     """Do what is missing of a run. Returns a line on it. Raises RuntimeError."""
-    folder, slot, began = folder_of(args, *run), slots.get(), time.time()
+    folder, began = folder_of(args, *run), time.time()
     environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, data.cores() // args.jobs)))
     if torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
@@ -89,7 +88,6 @@ def perform(args, slots, run):
             log.write(json.dumps(dict(what=name, seconds=round(time.time() - start), exit=code, jobs=args.jobs, machine=machine())) + "\n")
         if code:
             raise RuntimeError(f"{command[0]} left with exit code {code}: see {folder}/{name}.txt")
-    slots.put(slot)
     return f"{folder}: {(time.time() - began) / 60:.1f} minutes"
 
 
@@ -140,7 +138,7 @@ METRICS = {"class": dict(top1="top-1, %"), "pose": dict(centre_px="centre, px", 
            "mask": dict(miou="mask, mIoU %")}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (all)")
     parser.add_argument("--out", default="runs/sweep", help="folder of the runs (runs/sweep)")
@@ -150,7 +148,7 @@ def main():
     parser.add_argument("--scale", type=int, default=1, help="factor on all epochs (1)")
     parser.add_argument("--show", action="store_true", help="train nothing")
     parser.error = lambda message: parser.exit(2, f"sweep.py: {message}\n")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"there is no table {unknown.pop()}: choose from {', '.join(TABLES)}")
     if min(args.jobs, args.scale, args.seeds) < 1:
@@ -160,20 +158,31 @@ def main():
         work = [run for table in tables for run in plan(args, table) if not all(
             os.path.exists(os.path.join(folder_of(args, *run), task, "result.json")) for task in TABLES[table][-1])]
         print(f"{len(work)} runs to do, {args.jobs} at a time, in {args.out}", flush=True)
-        slots = queue.SimpleQueue()
-        for slot in range(args.jobs):
-            slots.put(slot)
-        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(work), unit="run", disable=not sys.stderr.isatty()) as bar:
-            jobs = [pool.submit(perform, args, slots, run) for run in work]
-            try:
-                for job in concurrent.futures.as_completed(jobs):
-                    tqdm.write(job.result())
+        problems = []
+
+        def take_turns(slot):
+            while work and not problems:
+                try:
+                    tqdm.write(perform(args, slot, work.pop(0)))
                     sys.stdout.flush()
                     bar.update()
-            except (KeyboardInterrupt, RuntimeError) as problem:            # Ctrl-C reaches the programs under way, too; they save
-                pool.shutdown(cancel_futures=True)
-                print(f"sweep.py: {problem if str(problem) else 'interrupted'}. The same command goes on from there", file=sys.stderr)
-                sys.exit(2 if str(problem) else 130)
+                except RuntimeError as problem:
+                    problems.append(str(problem))
+
+        with tqdm(total=len(work), unit="run", disable=not sys.stderr.isatty()) as bar:
+            threads = [threading.Thread(target=take_turns, args=(slot,)) for slot in range(args.jobs)]
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            except KeyboardInterrupt:                                       # it reaches the programs under way, too; they save and leave
+                work.clear()
+                for thread in threads:
+                    thread.join()
+        if problems:
+            print(f"sweep.py: {problems[0]}. The same command goes on from there", file=sys.stderr)
+            sys.exit(2)
     for table in tables:
         show(args.out, table)
 

@@ -47,6 +47,7 @@ import model as models
 import shapes
 import sources
 import study
+import sweep
 import train
 import weights
 
@@ -3441,9 +3442,237 @@ def test_analysis_without_matplotlib_or_labels(studied, tmp_path, monkeypatch, c
 
 # ------------------------------------------------------------------------------------------------ README.md
 
+
+# ------------------------------------------------------------------------------------------------ bring your own
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
+def copy_of_the_project(folder):
+    folder.mkdir(exist_ok=True)
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, folder)
+
+
+def test_bring_your_own_as_the_readme_says(tmp_path):
+    """An encoder, a mask, a fill, two losses and a data set, appended to the files as printed; then the commands as printed."""
+    here = tmp_path / "fork"
+    copy_of_the_project(here)
+    blocks = [block for block in readme_blocks("python") if block.startswith("# at the end of ")]
+    for block in blocks:
+        file = re.match(r"# at the end of (\w+\.py)\n", block)[1]
+        assert len(block.splitlines()) < 30, file
+        (here / file).write_text((here / file).read_text() + "\n\n" + block)
+    assert len(blocks) == 5
+    commands = next(block for block in readme_blocks("sh") if "--arch convmixer" in block).splitlines()
+
+    def perform(command):
+        return subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, timeout=300, cwd=here)
+
+    stopped = perform(commands[0] + " --steps 5")
+    assert stopped.returncode == 0, stopped.stderr
+    said = [perform(command) for command in commands]
+    assert all(done.returncode == 0 for done in said), [done.stderr for done in said]
+    assert "continuing after step 5" in said[0].stdout and "Result: top1" in said[1].stdout
+    config = torch.load(here / "runs/convmixer-a2mim-gratings/last.pt", weights_only=True)["identity"]
+    assert [config[key] for key in ("arch", "mask", "fill", "spatial_loss", "frequency_loss", "data")] == ["convmixer", "square", "noise", "charbonnier", "low", "gratings"]
+    assert (next(here.glob("runs/analysis-*")) / "cka.json").exists() and (here / "convmixer.pth").exists()
+    loads = "\n".join(line.strip() for line in said[3].stdout.splitlines()[1:])         # what export says loads it
+    assert perform(shlex.join(["python", "-c", loads])).returncode == 0
+
+
+@pytest.mark.parametrize("arch,theirs", [("convnext_t", torchvision.models.convnext_tiny), ("swin_t", torchvision.models.swin_t)])
+def test_torchvision_encoders(arch, theirs, tmp_path, capsys):
+    """Pre-trained a few steps, continued, fine-tuned, analysed, exported; and the same function as torchvision's own."""
+    torch.manual_seed(0)
+    net, encoder = theirs().eval(), models.build(arch, 64).encoder.eval()
+    torch.save(net.state_dict(), tmp_path / "theirs.pth")
+    report = weights.load(models.Predictor(encoder, 1000), str(tmp_path / "theirs.pth"))
+    assert report["format"] == "ConvNeXt or Swin of torchvision" and not [n for n in report["missing"] if n.startswith("encoder.")]
+    x, encoder.norm = torch.randn(2, 3, 64, 64), torch.nn.Identity()
+    with torch.no_grad():
+        z = net.features(x)
+        assert torch.equal(encoder(x), z.movedim(-1, 1) if arch == "swin_t" else z)
+    few = ["--img-size", "64", "--batch-size", "4", "--micro-batch", "4", "--workers", "0"]
+    train.main(["--arch", arch, *few, "--steps", "2", "--out", str(tmp_path / "a")])
+    train.main(["--arch", arch, *few, "--steps", "3", "--out", str(tmp_path / "a")])
+    train.main(["--arch", arch, *few, "--steps", "3", "--out", str(tmp_path / "b")])
+    assert "continuing after step 2" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in b)                 # the same bits as undisturbed
+    finetune.main(["--init", str(tmp_path / "a/last.pt"), "--protocol", "small", "--labels", "8", "--batch-size", "4", "--epochs", "1",
+                   "--workers", "0", "--out", str(tmp_path / "f")])
+    tuned = torch.load(tmp_path / "f/last.pt", weights_only=True)["model"]
+    for name, state in (("a", a), ("f", tuned)):
+        exported, call = weights.export(str(tmp_path / name / "last.pt"), "torchvision")
+        names = {}
+        exec("import torch, torchvision; model = " + call, names)
+        names["model"].load_state_dict(exported)
+        own, build = weights.export(str(tmp_path / name / "last.pt"), "encoder")
+        exec("import torch, model; model = " + build, names | (again := {}))
+        model = weights.open_model(str(tmp_path / name / "last.pt"))[0].eval()
+        with torch.no_grad():
+            z = names["model"].eval().features(x)
+            ours = model.encoder.run([6, 7], model.encoder.run([4, 5], model.encoder.run([2, 3], model.encoder.run([1], model.encoder.stem(x)))))
+            assert torch.equal(ours, z.movedim(-1, 1) if arch == "swin_t" else z)
+            if arch == "convnext_t" and name == "f":
+                assert relative(names["model"](x), model(x)) < 1e-5         # classifier included
+        assert set(own) == {n.removeprefix("encoder.") for n in state if n.startswith("encoder.")}
+    analyze.main([str(tmp_path / "a/last.pt"), str(tmp_path / "f/last.pt"), "--only", "fourier,cka,reconstruct", "--images", "8", "--workers", "0",
+                  "--out", str(tmp_path / "s")])
+    assert {"fourier.json", "cka.json", "reconstruct.json"} <= {path.name for path in (tmp_path / "s").iterdir()}
+    with pytest.raises(ValueError, match="multiple of the encoder's stride 32"):
+        models.build(arch, 40)
+
+
+# ------------------------------------------------------------------------------------------------ own colours
+
+def test_stats_by_hand(tmp_path, capsys):
+    rng, images = np.random.default_rng(0), []
+    for i in range(6):
+        folder = tmp_path / "train" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        images.append(rng.integers(0, 256, (8 + i, 12, 3), dtype=np.uint8))
+        Image.fromarray(images[-1]).save(folder / f"{i}.png")
+    (tmp_path / "train/a/broken.png").write_bytes(b"no image")
+    shutil.copytree(tmp_path / "train/b", tmp_path / "val/b")
+    shutil.copytree(tmp_path / "train/b", tmp_path / "val/a")
+    data.main(["stats", str(tmp_path)])
+    said = capsys.readouterr().out
+    means = np.mean([image.mean((0, 1)) for image in images], 0) / 255
+    squares = np.mean([(image / 255.0).__pow__(2).mean((0, 1)) for image in images], 0)
+    text = [" ".join(f"{v:.3f}" for v in values) for values in (means, np.sqrt(squares - means ** 2))]
+    assert f"--channels 3 --mean {text[0]} --std {text[1]}" in said
+    assert "train: 7 images, 2 classes of 3 to 4" in said and "val: 6 images, 2 classes of 3 to 3" in said
+    assert "8 to 13 px high, 12 to 12 wide" in said and "broken.png is no readable image" in said and "grey" not in said
+    for image in images[:1]:                                                # and of one channel: the luma, as Pillow has it
+        Image.fromarray(image).convert("L").save(tmp_path / "train/b/grey.png")
+        grey = sources.Channels([(torch.from_numpy(image).permute(2, 0, 1), 0)], 1)[0][0]
+        assert (grey.int() - torch.from_numpy(np.array(Image.fromarray(image).convert("L")))[None].int()).abs().max() <= 1
+    same = torch.full((3, 4, 4), 77, dtype=torch.uint8)
+    assert torch.equal(sources.Channels([(same, 0)], 1)[0][0], same[:1]) and torch.equal(sources.Channels([(same[:1], 0)], 3)[0][0], same)
+
+
+@pytest.mark.parametrize("options,says", [("stats {t}/nowhere", "no folder"), ("stats {t} --channels 5", "5"), ("stats {t} --images -1", "negative")])
+def test_bad_input_of_stats_is_one_line(options, says, tmp_path, capsys):
+    write_images(tmp_path, ["1.png", "2.png"])
+    with pytest.raises(SystemExit) as error:
+        data.main(options.format(t=tmp_path).split())
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and says in said and len(said.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory):
+    """Class folders of images of 13 channels, and of one."""
+    root = tmp_path_factory.mktemp("bands")
+    for split, count in (("train", 48), ("val", 16)):
+        for i in range(count):
+            for kind in ("grey", "thirteen"):
+                (root / kind / split / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            array = np.random.default_rng((i, split == "val")).integers(40, 60, (32, 32, 13), dtype=np.uint8)
+            np.save(root / "thirteen" / split / "ab"[i % 2] / f"{i}.npy", array)
+            Image.fromarray(array[..., 0]).save(root / "grey" / split / "ab"[i % 2] / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("kind,channels,arch", [("grey", 1, "vit_nano"), ("thirteen", 13, "resnet_nano"), ("thirteen", 13, "vit_nano"), ("grey", 1, "resnet_nano")])
+def test_other_channels_all_the_way(kind, channels, arch, bands, tmp_path, capsys):
+    """What train.py was told once, fine-tuning, evaluation, probes, analyses, packs and export know."""
+    folder, mean, std = str(bands / kind), [0.196] * channels, [0.0226] * channels
+    colours = ["--channels", str(channels), "--mean", *map(str, mean), "--std", *map(str, std)]
+    common = ["--data", folder, "--workers", "0", "--batch-size", "16"]
+    pre, tuned = str(tmp_path / "p/last.pt"), str(tmp_path / "f/last.pt")
+    train.main(["--arch", arch, "--img-size", "32", *common, *colours, "--epochs", "2", "--out", str(tmp_path / "p")])
+    entries = [json.loads(line) for line in open(tmp_path / "p/log.jsonl")]
+    picture = torchvision.io.read_image(str(tmp_path / "p/recon.png"))[:, :200, :200]
+    shown = picture[:, (picture > 30).all(0)].float()                       # between the frames
+    assert 40 <= shown.min() and shown.max() <= 62                          # neither blue nor white: as the images are
+    assert entries[0]["spatial"] < 3                                        # of images that are normalised
+    finetune.main(["--init", pre, *common, "--epochs", "1", "--out", str(tmp_path / "f")])
+    finetune.main(["--init", pre, "--data", folder, "--workers", "0", "--protocol", "knn", "--k", "5", "--out", str(tmp_path / "k")])
+    finetune.main(["--init", tuned, "--data", folder, "--workers", "0", "--eval", "--out", str(tmp_path / "e")])
+    for name in "fke":
+        config = json.loads((tmp_path / name / "result.json").read_text())["config"]
+        assert (config["channels"], config["mean"], config["std"]) == (channels, mean, std)
+    assert json.loads((tmp_path / "f/result.json").read_text())["top1"] == json.loads((tmp_path / "e/result.json").read_text())["top1"]
+    analyze.main([pre, tuned, "--only", "reconstruct,cka,occlusion", "--images", "8", "--probe-images", "16", "--workers", "0", "--out", str(tmp_path / "s")])
+    errors = json.loads((tmp_path / "s/reconstruct.json").read_text())["curves"]["|error| of masked pixels"]["p"][1]
+    assert 0.5 < errors[1] < 1.2                                            # the mean colour, in standard deviations of uniform noise: 0.87
+    model, about = weights.open_model(pre)
+    assert model.encoder.channels == channels and about["mean"] == mean
+    own, call = weights.export(pre, "encoder")
+    names = {}
+    exec("import model; model = " + call, names)
+    names["model"].load_state_dict(own)
+    if channels == 13:
+        data.main(["pack", folder, str(tmp_path / "x.pack"), "--workers", "0"])
+        assert torch.equal(sources.Packed(str(tmp_path / "x.pack"), "val")[3][0], sources.Folder(folder, "val")[3][0])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("main,options,says", [
+    (train.main, "--data {t}/thirteen", "has 13 channels, not 3: see --channels"),
+    (train.main, "--data {t}/thirteen --channels 13", "data.py stats"), (train.main, "--mean 0.5 0.5 --std 0.1", "as many numbers"),
+    (train.main, "--mean 124 116 104 --std 58 57 57", "0..1"), (train.main, "--channels 0", "1 or more"),
+    (finetune.main, "--data {t}/thirteen --arch resnet50 --channels 13 --mean" + 13 * " .2" + " --std" + 13 * " .1", "--randaugment none")])
+def test_bad_colours_are_one_line(main, options, says, bands, capsys, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main([*options.format(t=bands).split(), "--out", str(tmp_path / "x")])
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and says in said and len(said.splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------------------------ sweep.py
+
+def test_sweep_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sweep.TABLES, "cifar10", ("cifar10", ["scratch", "a2mim", "frequency-per-image"], {"resnet_nano": 1}, 1, 16, ["class"]))
+    folder = write_images(tmp_path / "d", [f"{split}/{c}/{i}.png" for split in ("train", "val") for c in "ab" for i in range(48)], (32, 32))
+    argv = ["cifar10", "--data", folder, "--out", str(tmp_path / "s"), "--jobs", "2", "--seeds", "2"]
+    few = sweep.commands
+    monkeypatch.setattr(sweep, "commands", lambda *args: ((name, [*command, "--batch-size", "16"]) for name, command in few(*args)))
+    sweep.main(argv)
+    assert "5 runs to do" in (first := capsys.readouterr().out)             # two rows of two seeds, one of one
+    lost = tmp_path / "s/cifar10/resnet_nano/a2mim/seed1/class/result.json"
+    pretrained = lost.parents[1] / "pretrain/last.pt"
+    before, stamp = json.loads(lost.read_text()), pretrained.stat().st_mtime_ns
+    lost.unlink()
+    sweep.main(argv)                                                        # as if it had been killed there
+    assert "1 runs to do" in (second := capsys.readouterr().out) and pretrained.stat().st_mtime_ns == stamp
+    assert json.loads(lost.read_text())["top1"] == before["top1"]
+    values = [json.loads((tmp_path / f"s/cifar10/resnet_nano/scratch/seed{seed}/class/result.json").read_text())["top1"] for seed in (0, 1)]
+    mean, spread = sum(values) / 2, abs(values[0] - values[1]) / 2 ** 0.5
+    row = next(line for line in second.splitlines() if line.startswith("| from scratch"))
+    assert f"| {mean:.2f} ± {spread:.2f} | 2 |" in row and row in first
+    config = json.loads((tmp_path / "s/cifar10/resnet_nano/a2mim/seed1/class/result.json").read_text())["config"]
+    assert config["seed"] == 1 and config["labels"] == 16 and config["init"].endswith("a2mim/seed1/pretrain/last.pt")
+    with pytest.raises(SystemExit) as error:
+        sweep.main(["cifar11"])
+    assert error.value.code == 2 and "choose from" in capsys.readouterr().err
+
+
+def test_sweep_says_which_run_failed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        sweep.main(["cifar10", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "s")])
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "exit code 2: see" in said and "goes on from there" in said
+
+
+def test_readme_tables_are_the_results(capsys):
+    """Those of README.md are what `sweep.py --show` makes of the files in results/."""
+    for table in sweep.TABLES:
+        sweep.show(str(HERE / "results"), table)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) > 12 and "–" not in lines[2]
+    text = (HERE / "README.md").read_text()
+    assert [line for line in lines if line not in text] == []
+
+
+# ------------------------------------------------------------------------------------------------ README.md
+
 def readme_commands(script):
-    text = (HERE / "README.md").read_text().replace("\\\n", " ")
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
+    blocks = [block.replace("\\\n", " ") for block in readme_blocks("sh")]
     return [c.split(script, 1)[1].split("#")[0].strip() for b in blocks for c in re.split(r"\n|&&", b)
             if re.match(r"\s*(python|torchrun) .*\b" + re.escape(script), c)]
 
@@ -3470,8 +3699,9 @@ def test_readme_finetune_commands_are_protocols(monkeypatch):
     text = (HERE / "README.md").read_text()
     prefix = re.search(r"command, `torchrun .* finetune\.py (.*)` and", text)[1]
     table = [cell for row in re.findall(r"^\|.*\|$", text, re.M) for cell in re.findall(r"\| `(--(?:init|arch) [^`]*)` \|", row)]
-    assert len(readme_commands("finetune.py")) >= 6 and len(table) == 12
+    assert len(readme_commands("finetune.py")) >= 6 and len(table) == 14
     rows = AS_PUBLISHED | {(a, "scratch-rsb_a2"): r for (a, p), r in AS_PUBLISHED.items() if p == "rsb_a2"}
+    rows |= {("vit_b", "scratch-deit"): dict(epochs=300, batch_size=1024, lr=1e-3, layer_decay=None, mixup=0.8, cutmix=1.0, repeated_augmentation=3)}
 
     def as_if_trained(path):                                                # what last.pt of such a run says of itself
         arch = re.match(r"runs/((?:vit|deit)_[a-z]+|resnet\w+)-", path)[1]
@@ -3500,9 +3730,11 @@ def test_readme_commands_of_packs_bench_and_analyses(tmp_path, monkeypatch, caps
 
 def test_readme_code_runs(tmp_path, monkeypatch):
     """The Python blocks, as printed, where the files they read exist."""
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert len(blocks) == 2
+    blocks = [block for block in readme_blocks("python") if not block.startswith("# at the end of")]
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
+    train.main(["--steps", "3", "--workers", "0"])
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)).save("photo.jpg")
     torch.save({"model": models.build("vit_b").state_dict()}, "checkpoint.pth")
     torch.save(weights.export({"model": models.build("resnet50").state_dict()}, "torchvision")[0], "resnet50.pth")
     for block in blocks:
@@ -3510,6 +3742,8 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         with torch.no_grad():
             exec(block, names)
         assert "reconstruction" not in names or names["feature"].shape == (2, 768, 14, 14)
+        assert "vector" not in names or names["vector"].shape == (1, 96) and os.path.exists("photo-painted.png")
+    assert os.path.exists("curve.png")
 
 
 @pytest.mark.parametrize("main,words", [(train.main, ["--micro-batch", "recipe"]), (finetune.main, ["--protocol", "--freeze", "--k", "LAMB"]),
