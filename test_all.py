@@ -3769,7 +3769,8 @@ def test_readme_commands_run(tmp_path):
             words = [f"runs/{path}/last.pt" if word == named else word for word in words]
         large = "imagenet" in line or "vit_b" in line
         few = {"train.py": ["--steps", "2", "--workers", "0", "--batch-size", "4" if large else "32"] + large * ["--micro-batch", "1"],
-               "finetune.py": ([] if {"knn", "--eval"} & set(words) else ["--steps", "2", "--batch-size", "4"] + large * ["--micro-batch", "1"]) + ["--workers", "0"],
+               "finetune.py": ["--workers", "0"] + ([] if {"knn", "--eval"} & set(words) else ["--steps", "2", "--batch-size", "4", "--micro-batch", "1"] if large
+                                                    else ["--epochs", "1", "--batch-size", "1024"]),
                "analyze.py": ["--images", "8", "--contexts", "1", "--pairs", "1", "--probe-images", "32", "--workers", "0"]}.get(script, [])
         start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         if "--overwrite" not in words and script in ("train.py", "finetune.py", "analyze.py"):
