@@ -117,7 +117,8 @@ def resolve(args, checkpoint=None):
         raise ValueError(f"--{odd[0].replace('_', '-')} has no effect " + ("where nothing is trained" if still else f"on the {args.task}")
                          + ": leave it out")
     row = row | {name: None for name in without if name not in SIZES}
-    config = dict(arch=arch, protocol=protocol, data="shapes") | data.colours(given, known) | row | {name: given[name] for name in CONFIG if name in given}
+    config = dict(arch=arch, protocol=protocol, data="shapes") | data.colours(given, known) | row
+    config |= {name: given[name] for name in CONFIG if name in given}
     if "lr" not in given and row["lr"]:
         config["lr"] = row["lr"] * config["batch_size"] / row["batch_size"]
     if "test_crop" not in given:
@@ -307,7 +308,8 @@ def work(args, config, world, device, checkpoint):
         queries, wanted, problems = evaluate.features(model, loader, len(this.held_out), *how, world)
         note(problems, len(this.held_out))
         mine = slice(RANK, None, world)                                     # each process's share of the test images
-        votes = torch.cat([evaluate.knn(bank, labels, q, min(args.k, len(bank)), args.temperature, len(this.classes)) for q in queries[mine].split(256)])
+        vote = functools.partial(evaluate.knn, bank, labels, k=min(args.k, len(bank)), temperature=args.temperature, classes=len(this.classes))
+        votes = torch.cat([vote(queries=part) for part in queries[mine].split(256)])
         sums, n = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist(), int((wanted >= 0).sum())
         evaluate.finish(this, args, task.metrics(sums, max(n, 1)) | dict(n=n), epoch=None)
     else:

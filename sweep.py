@@ -103,8 +103,11 @@ def machine():
 # ------------------------------------------------------------------------------------------------ the tables
 
 def read(path):
+    """The JSON values in a file, one after another; none if there is no such file."""
+    if not os.path.exists(path):
+        return []
     with open(path) as file:
-        return json.load(file)
+        return [json.loads(line) for line in file] if path.endswith("l") else [json.load(file)]
 
 
 def cell(values):
@@ -115,16 +118,15 @@ def cell(values):
 
 def show(out, table):
     """Print a table, in Markdown, from the result.json files."""
-    source, rows, archs, epochs, labels, tasks = TABLES[table]
+    _, rows, archs, _, _, tasks = TABLES[table]
     columns = [(arch, task, metric) for arch in archs for task in tasks for metric in METRICS[task]]
     print(f"\n| {table} | " + " | ".join(f"`{arch}` {METRICS[task][metric]}" for arch, task, metric in columns) + " | runs | minutes a run |")
     print("|---|" + "---|" * (len(columns) + 2))
     machines = set()
     for row in rows:
         runs = {arch: sorted(glob.glob(os.path.join(out, table, arch, row, "seed*"))) for arch in archs}
-        found = {(arch, task): [read(path) for run in runs[arch] if os.path.exists(path := os.path.join(run, task, "result.json"))]
-                 for arch in archs for task in tasks}
-        times = {run: [json.loads(line) for line in open(os.path.join(run, "times.jsonl"))] for arch in archs for run in runs[arch]}
+        found = {(arch, task): sum([read(os.path.join(run, task, "result.json")) for run in runs[arch]], []) for arch in archs for task in tasks}
+        times = {run: read(os.path.join(run, "times.jsonl")) for arch in archs for run in runs[arch]}
         machines |= {f"{entry['machine']}, {entry['jobs']} at a time" for entries in times.values() for entry in entries}
         minutes = [cell([sum(e["seconds"] for e in times[run]) / 60 for run in runs[arch]]) for arch in archs]
         counts = sorted({len(results) for results in found.values()})
@@ -177,7 +179,7 @@ def main(argv=None):
                 for thread in threads:
                     thread.join()
             except KeyboardInterrupt:                                       # it reaches the programs under way, too; they save and leave
-                work.clear()
+                problems.append("interrupted")
                 for thread in threads:
                     thread.join()
         if problems:

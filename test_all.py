@@ -3510,7 +3510,8 @@ def test_torchvision_encoders(arch, theirs, tmp_path, capsys):
         exec("import torch, torchvision; model = " + call, names)
         names["model"].load_state_dict(exported)
         own, build = weights.export(str(tmp_path / name / "last.pt"), "encoder")
-        exec("import torch, model; model = " + build, names | (again := {}))
+        exec("import torch, model; model = " + build, built := {})
+        built["model"].load_state_dict(own)
         model = weights.open_model(str(tmp_path / name / "last.pt"))[0].eval()
         with torch.no_grad():
             z = names["model"].eval().features(x)

@@ -92,7 +92,8 @@ def make_parser(program, usage, text, table, recipe, micro_batch):
     option = parser.add_argument_group("configuration", f"what --print-config shows; the {recipe}'s, unless given").add_argument
     for name, (kind, text, choices) in table.items():
         listed = ": " + ", ".join(filter(None, choices)) if choices else ""
-        option("--" + name.replace("_", "-"), type=kind, nargs={"crop_scale": 2, "lr_step_epochs": "+", "mean": "+", "std": "+"}.get(name), choices=choices,
+        several = {"crop_scale": 2, "lr_step_epochs": "+", "mean": "+", "std": "+"}.get(name)
+        option("--" + name.replace("_", "-"), type=kind, nargs=several, choices=choices,
                metavar=name.upper(), help=text + listed, default=argparse.SUPPRESS)
     option("--recipe", choices=("imagenet", "imagenet100"), default="imagenet", help="which published recipe of --arch (imagenet)")
     option("--print-config", action="store_true", help="print the configuration as JSON and exit")
@@ -277,7 +278,8 @@ def train(args, config, world, device):
     if config["data"] in sources.SOURCES:                                      # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and sources.open_source(config["data"], "train", 32))
     run, this = together(lambda: prepare(args, config, world, device))
-    model, criterion, steps_per_epoch, accumulate = this.model, this.criterion, this.steps_per_epoch, config["batch_size"] // (this.micro_batch * world)
+    model, criterion, steps_per_epoch = this.model, this.criterion, this.steps_per_epoch
+    accumulate = config["batch_size"] // (this.micro_batch * world)
 
     # ---- what this run is
     say(f"{config['method']}: {config['arch']}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, on {device} × "

@@ -425,8 +425,9 @@ def main(argv=None):
         if os.path.exists(args.out) or not os.path.basename(args.out):
             raise ValueError(f"{args.out!r} exists, or names no file: choose another name, or remove it")
         write(args.out, state)
-        print(f"{args.out}: {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "")
-              + f":\n  import torch, {'model' if args.to == 'encoder' else args.to}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
+        library = "model" if args.to == "encoder" else args.to
+        print(f"{args.out}: {len(state)} tensors. To load them" + (" (put in the number of HEADS)" if "HEADS" in call else "") + ":")
+        print(f"  import torch, {library}\n  model = {call}\n  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
     except (ValueError, OSError) as error:
         parser.error(error)
 
