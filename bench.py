@@ -35,6 +35,7 @@ import harness
 import losses
 import masking
 import optim
+import recipes
 import shapes
 import sources
 import train
@@ -291,7 +292,7 @@ def bench_step(args):
     for path in args.data or []:
         sources.open_source(path, "train", 32)                                 # a wrong path, before minutes are spent
     for arch in args.arch or ["vit_b", "resnet50"]:
-        step = Step(arch, args.batch or (train.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8))
+        step = Step(arch, args.batch or (recipes.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8))
         batch, flops, peak = len(step.image), step.flops(), matmul_peak(step.dtype, args.runs)
         models = {"eager": step.model, "compiled": torch.compile(step.model)}
         try:
@@ -390,7 +391,7 @@ def parse(argv):
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (all)")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="loader: folders of images (300 built-in ones, as JPEG files); step: "
                         "whatever train.py takes, packs too, for steps on what the loader brings (random images only)")
-    parser.add_argument("--arch", nargs="+", choices=train.RECIPES, metavar="ARCH",
+    parser.add_argument("--arch", nargs="+", choices=recipes.RECIPES, metavar="ARCH",
                         help="architectures (step: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
     parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 8, on a GPU the recipe's; scaling: 32 a process)")
     parser.add_argument("--runs", type=train.count, default=5, help="repetitions, of which medians are taken (5)")

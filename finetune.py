@@ -1,7 +1,7 @@
 """Find out what an encoder's features are worth: fine-tune it, probe it, or evaluate it.
 
   python finetune.py --init runs/vit_nano-a2mim-shapes/last.pt             fine-tune on the built-in images' ten classes
-  python finetune.py --arch vit_nano                                       the same from scratch
+  python finetune.py --arch vit_nano --protocol scratch-small              the same from scratch
   python finetune.py --init CHECKPOINT --protocol knn --data FOLDER        nearest neighbours, nothing is trained
   python finetune.py --init CHECKPOINT --task pose --freeze                where, how large, turned how far?
   torchrun --nproc_per_node=8 finetune.py --arch vit_b --init CHECKPOINT --data path/to/imagenet       as published
@@ -31,15 +31,15 @@ import sources
 import train
 import weights
 from harness import RANK, fail, say, sum_over_ranks, together
-from recipes import FOR_ARCH, KEYS, PROTOCOLS, PROTOCOLS_IMAGENET100, RECIPES, SIZES, UNCUT
+from recipes import FOR_ARCH, IMAGENET100, KEYS, PROTOCOLS, PROTOCOLS_IMAGENET100, RECIPES, SIZES, TRAINING, UNCUT
 from train import count, number, optional, positive, share
 
 # ------------------------------------------------------------------------------------------------ configuration
 
 CHANGED = {  # options beside those of train.CONFIG: (type, help, choices)
     "arch": (str, "architecture; absent: the checkpoint's, if it is ours", RECIPES),
-    "protocol": (str, "simmim, rsb_a3, rsb_a2, linear: as published (default: simmim for a ViT, rsb_a3 for a ResNet); small: ours, "
-                      "for small images (the default of the nano presets); knn trains nothing; scratch-…: without --init", PROTOCOLS),
+    "protocol": (str, "scratch-…: without --init; knn trains nothing; small is ours, for small images, and the default of the nano presets; "
+                      "the others are as published, the defaults simmim for a ViT and rsb_a3 for a ResNet", PROTOCOLS),
     "data": (str, "a folder of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
                   f"{', '.join(sources.SOURCES)} (all but shapes are downloaded)", None),
     "test_resize": (count, "short side of test images, pixels; absent: in proportion to img_size", None),
@@ -97,7 +97,7 @@ def resolve(args, checkpoint=None):
         args.task = known["task"] if args.eval and known.get("task") in losses.TASKS else "class"
     protocol = given.get("protocol") or (known["protocol"] if args.eval and known.get("protocol") in PROTOCOLS else "small" if nano
                                          else "rsb_a3" if cnn and args.recipe == "imagenet" else "simmim")
-    table = PROTOCOLS if args.recipe == "imagenet" else PROTOCOLS_IMAGENET100 if arch in train.IMAGENET100 else {}
+    table = PROTOCOLS if args.recipe == "imagenet" else PROTOCOLS_IMAGENET100 if arch in IMAGENET100 else {}
     row = table.get(protocol, (None, None))[cnn]
     if row is None:
         some = [name for name, rows in table.items() if rows[cnn]]
@@ -112,7 +112,7 @@ def resolve(args, checkpoint=None):
     if args.eval:                                                           # as it was tested while it was trained
         row = row | {key: known[key] for key in SIZES if SIZES <= known.keys()}
     whole, still = args.task != "class", args.eval or protocol == "knn"     # pose and mask: whole images, as they are
-    without = [*KEYS[9:10], *KEYS[11:]] if still else UNCUT if whole else []       # what has no effect: from the epochs on, all but the batch size
+    without = TRAINING if still else UNCUT if whole else []                 # what has no effect
     if odd := [name for name in without if name in given]:
         raise ValueError(f"--{odd[0].replace('_', '-')} has no effect " + ("where nothing is trained" if still else f"on the {args.task}")
                          + ": leave it out")
@@ -287,7 +287,7 @@ def work(args, config, world, device, checkpoint):
 
     def test_loader(source):
         view = functools.partial(test_view, config=config)
-        return data.loader(data.TestViews(source, view), evaluate.test_batches(len(source), this.micro_batch, world), workers, pin)
+        return data.loader(data.TestViews(source, view, config["channels"]), evaluate.test_batches(len(source), this.micro_batch, world), workers, pin)
 
     task, (autocast, scaler) = losses.TASKS[args.task], train.precision(args.amp, device)
     how = device, autocast, functools.partial(data.normalize, mean=config["mean"], std=config["std"])

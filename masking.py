@@ -33,7 +33,7 @@ def random_mask(batch, grid, ratio, generator=None):
     return torch.zeros(batch, n).scatter_(1, chosen, 1).view(batch, grid, grid)
 
 
-MASKS = {"random": random_mask}                         # (batch, grid, ratio, generator) -> (B, grid, grid)
+MASKS = {"random": random_mask}                         # (batch, grid, ratio, generators) -> (B, grid, grid)
 
 
 def resize(mask, size):

@@ -136,7 +136,7 @@ class Predictor(nn.Module):
 class Encoder(nn.Module):
     """What every encoder has in common: image (B, 3, H, W) -> feature (B, C, H/stride, W/stride), without a mask.
 
-    A new one sets, in __init__(img_size, *, drop_path=0.0, …): img_size; stem and layers, what is called in turn, maps
+    A new one sets, in __init__(img_size, *, …), where drop_path is passed if the recipe has one: img_size; stem and layers, what is called in turn, maps
     (B, C, h, w) between them; widths, the channels entering each layer and leaving the last; strides, at the same places.
     It may set `norm`, a LayerNorm that ends it, and `blocks`, finer than layers, for learning rates that decay with depth.
     """
@@ -397,7 +397,7 @@ class TorchVision(Encoder):
         self.widths, self.strides = [width, width, 2 * width, 4 * width, 8 * width], [4, 4, 8, 16, 32]
         if img_size < 1 or img_size % self.stride:
             raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride {self.stride}")
-        self.norm = nn.LayerNorm(8 * width, eps=1e-6)
+        self.norm = nn.LayerNorm(8 * width, eps=1e-5 if last else 1e-6)     # as theirs
         drops = [module for module in self.features.modules() if isinstance(module, StochasticDepth)]
         for i, module in enumerate(drops):
             module.p = drop_path * i / (len(drops) - 1)
@@ -469,10 +469,12 @@ def build(arch, img_size=224, *, channels=3, mask_layer=None, token=None, fill=N
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(PRESETS)}")
     preset = dict(PRESETS[arch])
     encoder, gamma, layer, _ = (preset.pop(key, None) for key in ("encoder", "gamma", "mask_layer", "like"))
+    mask_layer = mask_layer if mask_layer is not None else layer or 0
     if channels != 3:
         encoder_overrides["channels"] = channels
     options = inspect.signature(encoder).parameters
+    if encoder_overrides.get("drop_path") == 0 and "drop_path" not in options:
+        del encoder_overrides["drop_path"]                                  # none, and none
     if unknown := set(encoder_overrides) - set(options):
         raise ValueError(f"{arch} has no {', '.join(sorted(unknown))}: choose from {', '.join(options)}")
-    return A2MIM(encoder(img_size, **preset | encoder_overrides), layer if mask_layer is None else mask_layer,
-                 token or "add", gamma, fill or "mean")
+    return A2MIM(encoder(img_size, **preset | encoder_overrides), mask_layer, token or "add", gamma, fill or "mean")

@@ -27,6 +27,9 @@ RECIPES = {
     "resnet152": RESNET | dict(frequency_loss=None), "resnet200": RESNET | dict(frequency_loss=None),
     "resnet_nano": RESNET | NANO | dict(img_size=32),
 }
+for arch in models.PRESETS:
+    if models.like(arch) not in RECIPES:
+        raise SystemExit(f"model.PRESETS[{arch!r}] needs like=…, the preset whose recipes it uses, or a row of recipes.RECIPES")
 RECIPES |= {arch: RECIPES[models.like(arch)] for arch in models.PRESETS}
 IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT} | dict.fromkeys(
     ("resnet18", "resnet34", "resnet50"), RESNET | dict(epochs=800, img_size=192))
@@ -43,6 +46,7 @@ KEYS = """arch protocol data channels mean std img_size test_resize test_crop ep
 warmup_epochs weight_decay layer_decay clip drop_path loss label_smoothing mixup cutmix randaugment random_erasing
 repeated_augmentation ema crop_scale""".split()
 SIZES = {"img_size", "test_resize", "test_crop"}
+TRAINING = [key for key in KEYS[KEYS.index("epochs"):] if key != "batch_size"]
 UNCUT = "test_resize test_crop loss label_smoothing mixup cutmix randaugment random_erasing crop_scale".split()
 BASE = dict.fromkeys(KEYS[6:]) | dict(img_size=224, test_resize=256, test_crop=224, batch_size=256)
 TUNE = BASE | dict(epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine", warmup_epochs=20,
@@ -54,7 +58,7 @@ RSB = TUNE | dict(batch_size=2048, optimizer="lamb", lr=8e-3, warmup_epochs=5, w
 RSB_A3 = RSB | dict(img_size=160)
 RSB_A2 = RSB | dict(epochs=300, lr=5e-3, randaugment=7, repeated_augmentation=3, drop_path=0.05)
 LINEAR = BASE | dict(optimizer="sgd", weight_decay=0.0, warmup_epochs=0, loss="ce", crop_scale=(0.08, 1.0))
-DEIT = SIMMIM | dict(epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None, repeated_augmentation=3)
+SCRATCH_DEIT = SIMMIM | dict(epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None, repeated_augmentation=3)
 SMALL = BASE | dict(epochs=20, batch_size=64, optimizer="adamw", lr=2e-3, min_lr=1e-6, schedule="cosine", warmup_epochs=2,
                     weight_decay=0.05, layer_decay=0.8, clip=5.0, loss="ce", label_smoothing=0.1, crop_scale=(0.5, 1.0))
 
@@ -66,7 +70,7 @@ PROTOCOLS = {  # (for a ViT, for a ResNet); None where there is none
                LINEAR | dict(epochs=100, lr=30.0, schedule="step", lr_step_epochs=(60, 80))),
     "knn": (BASE, BASE),
     "small": (SMALL, SMALL),
-    "scratch-deit": (DEIT, None),                                           # DeiT's own, arXiv 2012.12877
+    "scratch-deit": (SCRATCH_DEIT, None),                                           # DeiT's own, arXiv 2012.12877
     "scratch-rsb_a3": (None, RSB_A3),
     "scratch-rsb_a2": (None, RSB_A2),
     "scratch-small": (SMALL | dict(layer_decay=None),) * 2,

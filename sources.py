@@ -59,6 +59,8 @@ def read_image(path):
             array = np.load(path, allow_pickle=False)
             if array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
                 raise ValueError(f"an array of {array.dtype} {array.shape}, not of bytes (height, width, channels)")
+            if array.ndim == 3 and array.shape[0] < min(array.shape[1:]) and array.shape[1] == array.shape[2]:
+                raise ValueError(f"an array {array.shape}, as if channels came first: save it as (height, width, channels)")
             return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
         file = np.fromfile(path, np.uint8)
         if size := stated_size(file):
@@ -102,7 +104,8 @@ class Channels:
         elif self.channels == 3 and len(image) == 1:
             image = image.expand(3, -1, -1)
         if len(image) != self.channels:
-            raise BadImage(f"image {index} has {len(image)} channels, not {self.channels}: see --channels")
+            name = os.path.join(self.root, os.fsdecode(self.paths[index])) if isinstance(self.source, Folder) else f"image {index}"
+            raise BadImage(f"{name} has {len(image)} channels, not {self.channels}: see --channels")
         return image, label
 
 

@@ -9,6 +9,7 @@ Each run has a folder below --out: OUT/TABLE/ARCH/ROW/seedN, with a result.json 
 the same command goes on where it was. A new row is a line of ROWS, a new table one of TABLES.
 """
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -30,7 +31,8 @@ ROWS = {  # row: (what it is, options of train.py or None: no pre-training, whet
     "a2mim": ("A²MIM", [], True),
     "fill-zero": ("A²MIM, fill: zero", ["--fill", "zero"], False),
     "fill-none": ("A²MIM, fill: none", ["--fill", "none"], False),
-    "token-input": ("A²MIM, token: at the input", ["--mask-layer", "0"], False),
+    "token-input": ("A²MIM, token: before layer 0 (`vit_nano`'s own)", ["--mask-layer", "0"], False),
+    "token-middle": ("A²MIM, token: before layer 2", ["--mask-layer", "2"], False),
     "token-none": ("A²MIM, token: none", ["--token", "none"], False),
     "frequency-none": ("A²MIM, frequency loss: none", ["--frequency-loss", "none"], False),
     "frequency-per-image": ("A²MIM, frequency loss: per image", ["--frequency-loss", "focal_per_image"], False),
@@ -39,7 +41,7 @@ TABLES = {  # table: data, rows, {architecture: epochs of pre-training}, epochs 
     "cifar10": ("cifar10", list(ROWS), {"vit_nano": 2, "resnet_nano": 1}, 5, 5000, ["class"]),
     "world": ("shapes", ["scratch", "simmim", "a2mim"], {"vit_nano": 12}, 6, None, ["class", "pose", "mask"]),
 }
-SIZE = 32                                                                   # pixels
+SIZE, HERE = 32, os.path.dirname(os.path.abspath(__file__))                 # pixels; where train.py is
 
 
 def plan(args, table):
@@ -61,8 +63,8 @@ def commands(args, table, row, arch, seed):
     source, _, archs, epochs, labels, tasks = TABLES[table]
     folder = folder_of(args, table, row, arch, seed)
     common = ["--data", args.data if args.data and source == "cifar10" else source, "--img-size", str(SIZE), "--seed", str(seed)]
-    if not torch.cuda.is_available() and args.jobs > 1:
-        common += ["--workers", "0"]
+    if args.jobs > 1:
+        common += ["--workers", str(data.cores() // args.jobs if torch.cuda.is_available() else 0)]
     if ROWS[row][1] is None:
         start = ["--arch", arch, "--protocol", "scratch-small"]
     else:
@@ -78,12 +80,13 @@ def perform(args, slot, run):
     folder, began = folder_of(args, *run), time.time()
     environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, data.cores() // args.jobs)))
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % torch.cuda.device_count()]
     os.makedirs(folder, exist_ok=True)
     for name, command in commands(args, *run):
         start = time.time()
         with open(os.path.join(folder, f"{name}.txt"), "a") as log:
-            code = subprocess.call([sys.executable, *command, "--out", os.path.join(folder, name)], stdout=log, stderr=log, env=environment)
+            code = subprocess.call([sys.executable, os.path.join(HERE, command[0]), *command[1:], "--out", os.path.join(folder, name)], stdout=log, stderr=log, env=environment)
         with open(os.path.join(folder, "times.jsonl"), "a") as log:
             log.write(json.dumps(dict(what=name, seconds=round(time.time() - start), exit=code, jobs=args.jobs, machine=machine())) + "\n")
         if code:
@@ -128,10 +131,11 @@ def show(out, table):
         found = {(arch, task): sum([read(os.path.join(run, task, "result.json")) for run in runs[arch]], []) for arch in archs for task in tasks}
         times = {run: read(os.path.join(run, "times.jsonl")) for arch in archs for run in runs[arch]}
         machines |= {f"{entry['machine']}, {entry['jobs']} at a time" for entries in times.values() for entry in entries}
-        minutes = [cell([sum(e["seconds"] for e in times[run]) / 60 for run in runs[arch]]) for arch in archs]
-        counts = sorted({len(results) for results in found.values()})
+        done = {arch: [run for run in runs[arch] if read(os.path.join(run, tasks[-1], "result.json"))] for arch in archs}
+        minutes = [cell([sum(e["seconds"] for e in times[run]) / 60 for run in done[arch]]) for arch in archs]
+        counts = [len(done[arch]) for arch in archs]
         print(f"| {ROWS[row][0]} | " + " | ".join(cell([result[metric] for result in found[arch, task]]) for arch, task, metric in columns)
-              + f" | {'–'.join(map(str, counts))} | {', '.join(minutes)} |")
+              + f" | {', '.join(map(str, counts))} | {', '.join(minutes)} |")
     for line in sorted(machines):
         print(f"\nMean ± standard deviation. {line}.")
 
@@ -143,7 +147,7 @@ METRICS = {"class": dict(top1="top-1, %"), "pose": dict(centre_px="centre, px", 
 def main(argv=None):
     parser = argparse.ArgumentParser("sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (all)")
-    parser.add_argument("--out", default="runs/sweep", help="folder of the runs (runs/sweep)")
+    parser.add_argument("--out", help="folder of the runs (runs/sweep, or with --scale 10, runs/sweep10)")
     parser.add_argument("--data", help="where CIFAR-10 lies: a folder of train/ and val/, or a pack (absent: it is downloaded)")
     parser.add_argument("--seeds", type=int, default=3, help="of the first three rows; the others get one (3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
@@ -152,10 +156,10 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"sweep.py: {message}\n")
     args = parser.parse_args(argv)
     if unknown := set(args.tables) - set(TABLES):
-        parser.error(f"there is no table {unknown.pop()}: choose from {', '.join(TABLES)}")
+        parser.error(f"there is no table {min(unknown)}: choose from {', '.join(TABLES)}")
     if min(args.jobs, args.scale, args.seeds) < 1:
         parser.error("--jobs, --scale and --seeds start at 1")
-    tables = args.tables or list(TABLES)
+    tables, args.out = args.tables or list(TABLES), args.out or ("runs/sweep" if args.scale == 1 else f"runs/sweep{args.scale}")
     if not args.show:
         work = [run for table in tables for run in plan(args, table) if not all(
             os.path.exists(os.path.join(folder_of(args, *run), task, "result.json")) for task in TABLES[table][-1])]
@@ -163,13 +167,15 @@ def main(argv=None):
         problems = []
 
         def take_turns(slot):
-            while work and not problems:
-                try:
-                    tqdm.write(perform(args, slot, work.pop(0)))
-                    sys.stdout.flush()
-                    bar.update()
-                except RuntimeError as problem:
-                    problems.append(str(problem))
+            with contextlib.suppress(IndexError):                           # nothing is left
+                while not problems:
+                    run = work.pop(0)
+                    try:
+                        tqdm.write(perform(args, slot, run))
+                        sys.stdout.flush()
+                        bar.update()
+                    except (RuntimeError, OSError) as problem:
+                        problems.append(str(problem))
 
         with tqdm(total=len(work), unit="run", disable=not sys.stderr.isatty()) as bar:
             threads = [threading.Thread(target=take_turns, args=(slot,)) for slot in range(args.jobs)]

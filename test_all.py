@@ -43,6 +43,7 @@ import harness
 import losses
 import masking
 import optim
+import recipes
 import model as models
 import shapes
 import sources
@@ -1319,7 +1320,7 @@ def test_protocols(recipe, table):
     for (arch, protocol), row in table.items():
         found = protocol_of("--arch", arch, "--protocol", protocol, "--recipe", recipe)
         assert found == row | COLOURS | dict(arch=arch, protocol=protocol, data="shapes"), (arch, protocol)
-        assert list(found) == finetune.KEYS
+        assert list(found) == recipes.KEYS
 
 
 def test_protocol_defaults_and_overrides():
@@ -1336,7 +1337,7 @@ def test_protocol_defaults_and_overrides():
     given = dict(arch="resnet_nano", protocol="scratch-small", data="elsewhere", crop_scale=[0.5, 0.9], schedule="step", lr_step_epochs=[3, 4],
                  optimizer="sgd", loss="bce", img_size=96, test_resize=120, test_crop=104, epochs=5, batch_size=12, repeated_augmentation=2,
                  channels=1, mean=[0.25], std=[0.125])
-    given |= {k: 0.125 for k in finetune.KEYS if k not in given}
+    given |= {k: 0.125 for k in recipes.KEYS if k not in given}
     argv = [s for k, v in given.items() for s in ["--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v])]]
     assert protocol_of(*argv) == given                                      # every key is an option
     for key in ("min_lr", "layer_decay", "clip", "drop_path", "label_smoothing", "mixup", "cutmix", "randaugment", "random_erasing", "ema"):
@@ -2043,7 +2044,7 @@ def test_a_pack_is_whole_or_not_there(pictures, tmp_path):
     assert again.returncode == 2 and "exists: choose another name" in again.stderr and (out / "images.bin").read_bytes() == before
 
 
-@pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 may"), ("{p} {t}/x --quality 101", "neither in 1..100 nor raw"),
+@pytest.mark.parametrize("options,says", [("{p} {t}/x --size -1", "--size -1 is not 0"), ("{p} {t}/x --quality 101", "neither in 1..100 nor raw"),
                                           ("{p} {t}/x --quality best", "best is neither"), ("{t}/missing {t}/x", "no folder"),
                                           ("{p}", "required: OUT"), ("{p} /dev/null/x", "/dev/null"), ("{p} shapes", "knows")])
 def test_bad_input_of_pack_is_one_line(options, says, pictures, tmp_path, capsys):
@@ -3555,7 +3556,7 @@ def test_stats_by_hand(tmp_path, capsys):
     assert torch.equal(sources.Channels([(same, 0)], 1)[0][0], same[:1]) and torch.equal(sources.Channels([(same[:1], 0)], 3)[0][0], same)
 
 
-@pytest.mark.parametrize("options,says", [("stats {t}/nowhere", "no folder"), ("stats {t} --channels 5", "5"), ("stats {t} --images -1", "negative")])
+@pytest.mark.parametrize("options,says", [("stats {t}/nowhere", "no folder"), ("stats {t} --channels 5", "5"), ("stats {t} --images 0", "1 or more"), ("stats {t} --channels 0", "1 or more")])
 def test_bad_input_of_stats_is_one_line(options, says, tmp_path, capsys):
     write_images(tmp_path, ["1.png", "2.png"])
     with pytest.raises(SystemExit) as error:
@@ -3625,6 +3626,26 @@ def test_bad_colours_are_one_line(main, options, says, bands, capsys, tmp_path):
     assert error.value.code == 2 and says in said and len(said.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
+def test_an_unreadable_test_image_of_other_channels(bands, tmp_path, capsys):
+    folder = shutil.copytree(bands / "thirteen", tmp_path / "d")
+    (folder / "val/a/0.npy").write_bytes(b"no array")
+    np.save(folder / "train/a/0.npy", np.zeros((13, 32, 32), np.uint8))
+    common = ["--data", str(folder), "--arch", "resnet_nano", "--protocol", "scratch-small", "--img-size", "32", "--workers", "0", "--batch-size", "16",
+              "--epochs", "1", "--max-bad", "0.5", "--out", str(tmp_path / "f")]
+    finetune.main([*common, "--mean", *["0.196"] * 13, "--std", *["0.0226"] * 13])
+    assert "(15 images)" in capsys.readouterr().out
+    listed = (tmp_path / "f/bad_images.txt").read_text()
+    assert "val/a/0.npy" in listed and "train/a/0.npy is no readable image (an array (13, 32, 32), as if channels came first" in listed
+
+
+@pytest.mark.parametrize("mask", [lambda b, grid, *_: torch.zeros(b, grid, grid), lambda b, grid, *_: torch.ones(b, grid)])
+def test_masks_are_looked_at(mask, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(masking.MASKS, "odd", mask)
+    with pytest.raises(SystemExit) as error:
+        train.main(["--mask", "odd", "--steps", "1", "--workers", "0", "--out", str(tmp_path / "x")])
+    assert error.value.code == 2 and "--mask odd makes no masks (B, 4, 4)" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 # ------------------------------------------------------------------------------------------------ sweep.py
 
 def test_sweep_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
@@ -3651,6 +3672,12 @@ def test_sweep_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         sweep.main(["cifar11"])
     assert error.value.code == 2 and "choose from" in capsys.readouterr().err
+    monkeypatch.undo()
+    args = sweep.argparse.Namespace(out="o", data=None, seeds=1, jobs=1, scale=1)
+    configs = [train.resolve(train.parse(command[1:])) for run in sweep.plan(args, "cifar10") for name, command in sweep.commands(args, *run) if name == "pretrain"]
+    assert len(configs) == 2 * 9 and {(c["arch"], c["fill"], c["token"], c["mask_layer"], c["frequency_loss"]) for c in configs} >= {
+        ("vit_nano", "mean", "add", 2, "focal"), ("resnet_nano", "mean", "add", 3, "focal_per_image"), ("vit_nano", "zero", "add", 0, "focal"),
+        ("resnet_nano", "none", "replace", 0, None), ("resnet_nano", "mean", "none", 3, "focal"), ("vit_nano", "none", "add", 0, "focal")}
 
 
 def test_sweep_says_which_run_failed(tmp_path, capsys):

@@ -30,6 +30,7 @@ from harness import RANK, fail, say, together
 from recipes import IMAGENET100, METHODS, RECIPES
 
 # ------------------------------------------------------------------------------------------------ configuration
+
 def number(kind, low, high=math.inf):
     """The type of an option that takes a number in low..high."""
     def convert(text):
@@ -130,7 +131,7 @@ def resolve(args):
     table = RECIPES if args.recipe == "imagenet" else IMAGENET100
     if arch not in table:
         raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
-    recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch]["mask_layer"]) | table[arch] | data.colours(given)
+    recipe = dict(arch=arch, method=method, data="shapes", mask_layer=models.PRESETS[arch].get("mask_layer", 0)) | table[arch] | data.colours(given)
     config = recipe | METHODS[method] | {name: given[name] for name in CONFIG if name in given}
     if "lr" not in given:
         config["lr"] = recipe["lr"][method] * config["batch_size"] / recipe["batch_size"]
@@ -270,6 +271,8 @@ def prepare(args, config, world, device):
     shown = [data.readable(held_out, int(i), args.seed, -1, i)[0][0] for i in torch.linspace(0, len(held_out) - 1, min(8, len(held_out)))]
     shown = torch.stack([data.center_crop(image, size) for image in shown])
     shown_mask = masking.MASKS[config["mask"]](len(shown), grid, config["mask_ratio"], [data.generator(args.seed, -1, i) for i in range(len(shown))])
+    if shown_mask.shape != (len(shown), grid, grid) or not shown_mask.flatten(1).any(1).all():
+        raise ValueError(f"--mask {config['mask']} makes no masks (B, {grid}, {grid}) with masked blocks, but {tuple(shown_mask.shape)}")
     return run, SimpleNamespace(model=model, criterion=criterion, micro_batch=micro_batch, images=len(source), stream=stream,
                                 steps_per_epoch=batches.steps_per_epoch, shown=(shown, shown_mask, config["mean"], config["std"]))
 

@@ -242,6 +242,14 @@ def run_of(checkpoint):
     return run if run.get("arch") in models.PRESETS else {}
 
 
+def size_of(run):
+    return run.get("test_crop") or run.get("img_size") or 224
+
+
+def presets_of(run):
+    return [run["arch"]] if run else models.PRESETS
+
+
 def recognise(state, size=224, presets=models.PRESETS, where="the dictionary", channels=3):
     """(preset, image size, keywords of its encoder) for an encoder's tensors, by our names: the first preset whose weights have their
     shapes. A ViT's table of positions says its image size; otherwise it is `size`. Raises ValueError."""
@@ -272,10 +280,10 @@ def open_model(path):
     checkpoint = read(path)
     kind, items = unpack(checkpoint, path)
     run, state = run_of(checkpoint), {new: value for _, new, value in items}
-    size, classes = run.get("test_crop") or run.get("img_size") or 224, checkpoint.get("classes")
+    classes = checkpoint.get("classes")
     method = dict(mask_layer=0, fill="none", token="replace") if kind == "SimMIM" else {k: run.get(k) for k in ("mask_layer", "fill", "token")}
     try:
-        arch, size, options = recognise(state, size, [run["arch"]] if run else models.PRESETS, path, run.get("channels", 3))
+        arch, size, options = recognise(state, size_of(run), presets_of(run), path, run.get("channels", 3))
         model, head = models.build(arch, size, **options, **method), state.get("head.weight")
         if head is not None and head.ndim == 2 and len(head) > 1 and run.get("task", "class") == "class":
             on_token = "encoder.blocks.0.norm1.weight" in state and "fc_norm.weight" not in state
@@ -316,7 +324,7 @@ def export(source, to):
     kept = ("encoder.", "fc_norm.", "head.") if run.get("task", "class") == "class" else ("encoder.", "fc_norm.")
     state = {new: value for _, new, value in unpack(source, where)[1] if new.startswith(kept)}
     if to == "encoder" or "encoder.features.0.0.weight" in state:
-        return export_own(state, to, *recognise(state, run.get("img_size", 224), channels=run.get("channels", 3)))
+        return export_own(state, to, *recognise(state, size_of(run), presets_of(run), where, run.get("channels", 3)))
     vit = "encoder.patch_embed.weight" in state
     if ("encoder.blocks.0.mlp.fc1.bias" if vit else "encoder.layer1.0.conv1.weight") not in state or "head.0.weight" in state:
         raise ValueError(f"{where} holds no ViT and no ResNet of the forms that {to} has")
@@ -346,8 +354,8 @@ def export_own(state, to, arch, size, options):
     if to == "encoder":
         names, call = [], f"model.build({arch!r}, {size}{''.join(f', {key}={value}' for key, value in options.items())}).encoder"
         unused = [".norm"] * ("fc_norm.weight" in state)
-    elif to == "timm":
-        raise ValueError(f"{arch} is torchvision's: --to torchvision")
+    elif to == "timm" or "channels" in options:
+        raise ValueError(f"{arch} is torchvision's, of 3 channels: --to torchvision for those, else --to encoder")
     else:
         names = [("encoder.norm.", "classifier.0."), ("fc_norm.", "classifier.0."), ("head.", "classifier.2.")]
         call = f"torchvision.models.{make.__name__}(num_classes={classes or 1000})"
@@ -395,7 +403,8 @@ def show(path):
     kind, items = unpack(state, path)
     print(f"{path}: {kind}, {sum(value.numel() for _, _, value in items) / 1e6:.1f} M numbers in {len(items)} tensors")
     with contextlib.suppress(ValueError, IndexError, RuntimeError):         # of odd shapes
-        print("encoder: " + recognise({new: value for _, new, value in items})[0])
+        run = run_of(state)
+        print("encoder: " + recognise({new: value for _, new, value in items}, size_of(run), presets_of(run), path, run.get("channels", 3))[0])
     for key, value in state.items():
         if isinstance(value, (int, float, str)):
             print(f"{key}: {value}")
