@@ -290,7 +290,7 @@ def bench_step(args):
     """Training steps: model FLOP/s (matrix products and convolutions) as a share of the machine's fastest matrix product."""
     rows = []
     for path in args.data or []:
-        sources.open_source(path, "train", 32)                                 # a wrong path, before minutes are spent
+        sources.open_source(path, "train", 32)                              # a wrong path, before minutes are spent
     for arch in args.arch or ["vit_b", "resnet50"]:
         step = Step(arch, args.batch or (recipes.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8))
         batch, flops, peak = len(step.image), step.flops(), matmul_peak(step.dtype, args.runs)

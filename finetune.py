@@ -275,7 +275,7 @@ def run_name(args, config):
 
 def work(args, config, world, device, checkpoint):
     """What one process does: evaluate, find neighbours, or train."""
-    if config["data"] in sources.SOURCES:                                      # one process of each machine downloads
+    if config["data"] in sources.SOURCES:                                   # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and sources.open_source(config["data"], "train", 32))
     run, this = together(lambda: prepare(args, config, world, checkpoint))
     say(f"{config['arch']}, {sum(p.numel() for p in this.model.parameters()) / 1e6:.1f} M parameters, on {device} × {world}; "

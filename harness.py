@@ -143,7 +143,7 @@ def launch(work, args, config):
             code = work(args, config, *processes)
             if dist.is_initialized():
                 dist.barrier()                                              # nobody leaves while messages are under way
-        except sources.BadImage as error:                                      # found while training, by any process
+        except sources.BadImage as error:                                   # found while training, by any process
             fail(error, everywhere=True)
         except Exception as error:
             if killed := re.search(r"DataLoader worker \(pid.*", str(error)):

@@ -86,7 +86,8 @@ def perform(args, slot, run):
     for name, command in commands(args, *run):
         start = time.time()
         with open(os.path.join(folder, f"{name}.txt"), "a") as log:
-            code = subprocess.call([sys.executable, os.path.join(HERE, command[0]), *command[1:], "--out", os.path.join(folder, name)], stdout=log, stderr=log, env=environment)
+            line = [sys.executable, os.path.join(HERE, command[0]), *command[1:], "--out", os.path.join(folder, name)]
+            code = subprocess.call(line, stdout=log, stderr=log, env=environment)
         with open(os.path.join(folder, "times.jsonl"), "a") as log:
             log.write(json.dumps(dict(what=name, seconds=round(time.time() - start), exit=code, jobs=args.jobs, machine=machine())) + "\n")
         if code:
@@ -123,7 +124,7 @@ def show(out, table):
     """Print a table, in Markdown, from the result.json files."""
     _, rows, archs, _, _, tasks = TABLES[table]
     columns = [(arch, task, metric) for arch in archs for task in tasks for metric in METRICS[task]]
-    print(f"\n| {table} | " + " | ".join(f"`{arch}` {METRICS[task][metric]}" for arch, task, metric in columns) + " | runs | minutes a run |")
+    print(f"\n| {table} | " + " | ".join(f"`{arch}` {METRICS[task][metric]}" for arch, task, metric in columns) + " | runs | minutes of the fastest |")
     print("|---|" + "---|" * (len(columns) + 2))
     machines = set()
     for row in rows:
@@ -132,7 +133,7 @@ def show(out, table):
         times = {run: read(os.path.join(run, "times.jsonl")) for arch in archs for run in runs[arch]}
         machines |= {f"{entry['machine']}, {entry['jobs']} at a time" for entries in times.values() for entry in entries}
         done = {arch: [run for run in runs[arch] if read(os.path.join(run, tasks[-1], "result.json"))] for arch in archs}
-        minutes = [cell([sum(e["seconds"] for e in times[run]) / 60 for run in done[arch]]) for arch in archs]
+        minutes = [f"{min(sum(e['seconds'] for e in times[run]) for run in done[arch]) / 60:.1f}" if done[arch] else "–" for arch in archs]
         counts = [len(done[arch]) for arch in archs]
         print(f"| {ROWS[row][0]} | " + " | ".join(cell([result[metric] for result in found[arch, task]]) for arch, task, metric in columns)
               + f" | {', '.join(map(str, counts))} | {', '.join(minutes)} |")

@@ -738,13 +738,13 @@ def test_shapes_world():
         assert len(rows) > 20                                               # the mask lies within the pose's circle
         far = ((columns + 0.5 - x * 48) ** 2 + (rows + 0.5 - y * 48) ** 2).sqrt().max()
         assert 0.7 < far / (radius * 48) < 1.15 and 0 <= angle < 2 * math.pi
-        large = shapes.Shapes(96).sample(index)                               # the same thing at any size
+        large = shapes.Shapes(96).sample(index)                             # the same thing at any size
         assert torch.equal(large["pose"], s["pose"])
         both = torch.nn.functional.max_pool2d(large["mask"][None].float(), 2)[0].bool()
         assert (both ^ s["mask"]).float().mean() < 0.06
     s, u = world.sample(0), world.sample(1)
     assert not torch.equal(s["image"], shapes.Shapes(48, "val")[0][0]) and not torch.equal(s["image"], shapes.Shapes(48, seed=1)[0][0])
-    for kind, inside in shapes.KINDS.items():                                 # no kind looks the same when turned
+    for kind, inside in shapes.KINDS.items():                               # no kind looks the same when turned
         v, u = np.mgrid[-1:1:65j, -1:1:65j]
         upright = inside(u, v) > 0
         for degrees in (30, 60, 90, 120, 180, 240, 270):
@@ -2651,7 +2651,7 @@ def test_odd_images(tmp_path, monkeypatch):
         if size == (40, 40) and not re.search("bits|grey|palette|gif", path.name):
             assert (image.float() - expected).abs().mean() < 12, path.name
         assert data.evaluation_crop(image, 256, 224).shape == data.random_resized_crop(image, 224, (0.1, 1), data.generator(0)).shape == (3, 224, 224)
-    strip = shapes.Shapes(40)[0][0].repeat(1, 1, 101)[:, :2, :4000]           # the middle of a strip is what it was
+    strip = shapes.Shapes(40)[0][0].repeat(1, 1, 101)[:, :2, :4000]         # the middle of a strip is what it was
     assert torch.equal(data.evaluation_crop(strip, 32, 32), data.TF.center_crop(data.TF.resize(strip, [32], data.BICUBIC, antialias=True), [32, 32]))
 
 

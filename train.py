@@ -278,7 +278,7 @@ def prepare(args, config, world, device):
 
 
 def train(args, config, world, device):
-    if config["data"] in sources.SOURCES:                                      # one process of each machine downloads
+    if config["data"] in sources.SOURCES:                                   # one process of each machine downloads
         together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and sources.open_source(config["data"], "train", 32))
     run, this = together(lambda: prepare(args, config, world, device))
     model, criterion, steps_per_epoch = this.model, this.criterion, this.steps_per_epoch
