@@ -1728,7 +1728,7 @@ BAD_TUNING = [  # options, what the one line must say
     ("--init {tmp}/foreign.pt --arch resnet18", "in no known format"),
     ("--init {tmp}/vit.pt --arch resnet_nano", "holds a vit_nano, not a resnet_nano"),
     ("--init {tmp}/bare.pt --arch resnet_nano", "its encoder has"),
-    ("--init {tmp}/vit.pt --img-size 64", "patch size of the file"),
+    ("--init {tmp}/vit.pt --img-size 64", "patch size and channels of the file"),
     ("--init {tmp}/vit.pt --eval", "has no class head for shapes and its 10 classes"),
     ("--init {tmp}/tuned.pt --data {data} --eval", "has no class head for"),
     ("--data {tmp}/nowhere", "no folder"),

@@ -218,7 +218,7 @@ def load(model, source, where="the dictionary", head=True):
             resized.append(new)
         elif new in own and new.startswith("encoder."):
             raise ValueError(f"{where}: {name} is {tuple(value.shape)}, but the model's is {tuple(own[new].shape)}: "
-                             "build the model with the architecture and patch size of the file")
+                             "build the model with the architecture, patch size and channels of the file")
         elif new.startswith("encoder.") and not new.startswith("encoder.norm."):
             raise ValueError(f"{where}: its encoder has {name}, this model's has not: build the model with the "
                              "architecture of the file")
