@@ -1245,7 +1245,7 @@ BAD_WEIGHTS = [  # command, what the one line must say
     ("export {tmp}/vit.pt --to detectron {tmp}/out.pt", "invalid choice: 'detectron'"),
     ("export {tmp}/vit.pt --to timm {tmp}/text.pt", "exists, or names no file: choose another name"),
     ("export {tmp}/vit.pt --to timm {tmp}/no/folder.pt", "No such file"),
-    ("export {tmp}/nano.pt --to torchvision {tmp}/out.pt", "3×3 stem"),
+    ("export {tmp}/nano.pt --to torchvision {tmp}/out.pt", "stem of 3 × 3 × 3"),
     ("export {tmp}/vit.pt", "the following arguments are required"),
     ("convert", "invalid choice: 'convert'"),
     ("", "required: COMMAND"),
@@ -2120,11 +2120,11 @@ def test_the_loop_never_waits_for_the_gpu(script, arch, pictures, tmp_path, monk
         assert pin                                                          # page-locked, or a copy cannot be asynchronous
         return [((image, second), [])] * (2 * steps)
 
-    for owner, name, value in ((harness, "start_processes", lambda: (1, cuda)), (train, "place", place), (train, "learning_rate", learning_rate),
+    for owner, name, value in ((harness, "start_processes", lambda: (1, cuda)), (train, "place", place), (optim, "learning_rate", learning_rate),
                                (train, "draw", lambda *_: None), (harness.Run, "commit", commit), (harness.Run, "flush", flush), (weights, "write", lambda *_: None),
                                (data, "loader", loader), (torch.Tensor, "backward", backward), (torch.cuda, "Event", Event),
-                               (torch, "manual_seed", lambda seed: None), (finetune, "evaluate", lambda *_: (dict(top1=0.0, n=1), [])),
-                               (finetune, "finish", lambda *_, **__: None)):
+                               (torch, "manual_seed", lambda seed: None), (evaluate, "evaluate", lambda *_: (dict(top1=0.0, n=1), [])),
+                               (evaluate, "finish", lambda *_, **__: None)):
         monkeypatch.setattr(owner, name, value)
     argv = ["--arch", arch, "--data", str(pictures), "--img-size", "32", "--batch-size", "12", "--micro-batch", "6", "--steps", str(steps),
             "--epochs", "4", "--log-every", "2", "--amp", "bf16", "--out", str(tmp_path)]
