@@ -2821,7 +2821,7 @@ def test_the_same_command(tmp_path, capsys, monkeypatch):
 
 
 FATAL = """
-import sys, train
+import sys, optim, train
 update, calls = optim.update, []
 def broken(*args):
     calls.append(1)
