@@ -1,422 +1,383 @@
 """How fast, against what, and how far from the limit.
 
-  python bench.py                                          every table below; at most half an hour on two cores
-  python bench.py loader --data path/to/photos             from disk to batch, beside the usual PIL pipeline
-  python bench.py loss                                     our frequency loss, beside two FFTs of every image
-  python bench.py step --arch vit_b resnet50               a training step, beside this machine's own matrix product
-  python bench.py memory --arch deit_t                     memory and time of a step, by batch and image size
-  python bench.py scaling                                  training on several processes
+  python bench.py                                            all three tables
+  python bench.py loader --data path/to/photos photos.tar    from disk to batch, and the usual PIL pipeline
+  python bench.py loss                                       our frequency loss, and two FFTs of every image
+  python bench.py step --arch vit_b resnet50                 a training step, and the fastest matrix product
 
-What is compared runs in turn, again and again, and every figure is a median. Machines are noisy: run it on an idle one, and
-believe the ratios more than the times.
+What is compared runs in turn, again and again. Every figure is a median over --runs; a ratio is the
+median of the ratios run by run. Use an idle machine, and believe the ratios more than the times.
 """
-import argparse
-import contextlib
-import functools
 import json
 import os
 import statistics
-import subprocess
-import sys
+import tarfile
 import tempfile
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
-from tqdm import tqdm
 
 import data
-import harness
+import finetune
 import losses
 import masking
+import model as models
 import optim
 import recipes
+import runtime
 import shapes
-import sources
-import train
 
-CORES = data.cores()
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# ---- measuring
 
-def wait():
-    if DEVICE.type == "cuda":
+def clock():
+    """Seconds, once the device has done what it was given."""
+    if CUDA:
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def seconds(work, *args):
-    wait()
-    began = time.perf_counter()
+    began = clock()
     work(*args)
-    wait()
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def in_turn(runs, works, what):
-    """Functions {name: work}, one after the other, `runs` times after a warm-up: {name: what each run returned}."""
+def in_turn(runs, works):
+    """{name: (function, *arguments)} → {name: [what each run returned]}, after one to warm up."""
     results = {name: [] for name in works}
-    for run in tqdm(range(-1, runs), what, leave=False, disable=not sys.stderr.isatty()):
-        for name, work in works.items():
-            result = work()
-            if run >= 0:
+    for run in range(runs + 1):
+        for name, (function, *args) in works.items():
+            result = function(*args)
+            if run > 0:
                 results[name].append(result)
     return results
 
 
 def ratio(over, under):
-    """The median of the ratios, run by run."""
     return statistics.median(a / b for a, b in zip(over, under))
 
 
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+# ---- from disk to batch
+
+class PILViews(Dataset):
+    """The usual pipeline: PIL decodes, crops and resizes; then floats, normalised in the worker.
+
+    Boxes and masks are those of data.Crops and finetune.TrainViews.
+    """
+
+    def __init__(self, source, config, seed):
+        self.source = source
+        self.config = config
+        self.seed = seed
+
+    def __getitem__(self, sample):
+        epoch, position, index = sample
+        config = self.config
+        size = config["img_size"]
+        draw = data.generator(self.seed, epoch, position)
+        image = Image.open(self.source.where(index)).convert("RGB")
+        box, flip = data.crop_box(image.height, image.width, config["crop_scale"], draw)
+        image = TF.resized_crop(image, *box, [size, size], config["interpolation"])
+        if flip:
+            image = TF.hflip(image)
+        image = TF.normalize(TF.to_tensor(image), data.MEAN, data.STD)
+        target = int(self.source.labels[index])
+        if config["mask"] is not None:
+            grid = size // config["mask_size"]
+            target = masking.MASKS[config["mask"]](1, grid, config["mask_ratio"], [draw])[0]
+        return image, target, False
 
 
-def peak_memory(work):
-    """Bytes that work() holds at most beyond what was held before, as PyTorch's own allocator counts them."""
-    work()                                                                  # whatever stays is there from now on
-    if DEVICE.type == "cuda":
-        wait()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        record.export_chrome_trace(path := os.path.join(folder, "trace.json"))
-        with open(path) as file:
-            events = [e for e in json.load(file)["traceEvents"] if e.get("name") == "[memory]"]
-    return int(max(np.cumsum([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])])))
+VIEWS = {  # crop: (ours, configuration)
+    "pre-training, bilinear": (data.Crops, dict(
+        crop_scale=(0.67, 1.0), interpolation=data.BILINEAR, mask="random", mask_ratio=0.6)),
+    "fine-tuning, bicubic": (finetune.TrainViews, dict(
+        crop_scale=(0.08, 1.0), interpolation=data.BICUBIC, mask=None, randaugment=None,
+        random_erasing=None)),
+}
 
 
-def matmul_peak(dtype, runs):
-    """FLOP/s of the fastest square matrix product."""
-    squares = [torch.randn(n, n, device=DEVICE, dtype=dtype) for n in ((2048, 4096, 8192) if DEVICE.type == "cuda" else (1024, 2048, 4096))]
-    times = in_turn(runs, {len(a): functools.partial(seconds, torch.matmul, a, a) for a in squares}, "matrix product")
-    return max(2 * n ** 3 / statistics.median(each) for n, each in times.items())
-
-
-def throughput(views, collate, batch, workers, work=lambda batch: None):
-    """Images a second of the real loader and of work(batch), from when all batches that were begun together are used up."""
-    ahead, steps = 3 * workers, 20
-    batches = data.Batches(len(views.source), batch, batch, 0, ahead + steps)
-    stream = iter(data.loader(views, batches, workers, DEVICE.type == "cuda", collate))
-    for i in range(ahead + steps):
-        if i == ahead:
-            wait()
-            began = time.perf_counter()
-        found, _ = next(stream)
-        work(found)
-    wait()
-    return steps * batch / (time.perf_counter() - began)
-
-
-# ------------------------------------------------------------------------------------------------ from disk to batch
-
-CROPS = {"pre-training, bilinear": dict(scale=(0.67, 1.0), interpolation=data.BILINEAR),
-         "fine-tuning, bicubic": dict(scale=(0.08, 1.0), interpolation=data.BICUBIC)}
-
-
-class PILFolder(sources.Folder):
-    """The yardstick, as in most repositories: PIL decodes, crops and resizes, then float tensors, normalised in the worker."""
-
-    def __getitem__(self, index):
-        return Image.open(os.path.join(self.root, os.fsdecode(self.paths[index]))).convert("RGB"), int(self.labels[index])
-
-
-def pil_crop(image, size, scale, generator, interpolation):
-    """The box that data.random_resized_crop draws, too."""
-    box, flip = data.crop_box(image.height, image.width, scale, generator)
-    image = TF.resized_crop(image, *box, [size, size], interpolation)
-    return TF.normalize(TF.to_tensor(TF.hflip(image) if flip else image), data.MEAN, data.STD)
-
-
-def view(sample, generator, crop, **options):
-    """Of an (image, label): a crop; the generator then draws the mask."""
-    return crop(sample[0], generator=generator, **options), generator
-
-
-def photos(folder):
-    """For want of photographs: 300 of the built-in images as JPEG files of 500 × 375 px."""
-    os.mkdir(folder)
+def write_photos(folder):
+    """For want of photographs, 300 built-in images, 500 × 375 px: a folder of JPEGs, and a tar."""
+    photos = os.path.join(folder, "photos")
+    os.mkdir(photos)
     world = shapes.Shapes(500, count=300)
-    for i in range(300):
-        Image.fromarray(world[i][0][:, 62:437].permute(1, 2, 0).numpy()).save(os.path.join(folder, f"{i}.jpg"), quality=95)
-    return folder
+    with tarfile.open(photos + ".tar", "w") as tar:
+        for i in range(300):
+            path = os.path.join(photos, f"{i:03}.jpg")
+            image = world[i][0][:, 62:437].permute(1, 2, 0)
+            Image.fromarray(image.numpy()).save(path, quality=95)
+            tar.add(path, f"{i:03}.jpg")
+    return [photos, photos + ".tar"]
+
+
+def images_per_second(views, batch, workers, work=None, steps=20):
+    """Of a loader, and of work(batch) on what it brings."""
+    ahead = 3 * workers                                 # batches that the workers begin together
+    batches = data.Batches(len(views.source), batch, batch, 0, ahead + steps)
+    loader = iter(DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=CUDA,
+                             worker_init_fn=data.ignore_signals))
+    for step in range(ahead + steps):
+        if step == ahead:
+            began = clock()
+        loaded = next(loader)
+        if work is not None:
+            work(loaded)
+    return steps * batch / (clock() - began)
 
 
 def bench_loader(args):
-    """Images a second of the real loader on training images: decoding, crop, mask, seeding, batching.
+    """Images a second on one core, of the real loader: decoding, crop, mask, batching.
 
-    difference: mean |ours − PIL's| of crops, in 1/255; of the pack's, its smaller images' rounding and JPEG included.
+    difference: mean |ours − PIL's| over the crops, in 1/255; of a tar of smaller images, what their
+    resizing and compression changed included.
     """
     rows = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        for number, folder in enumerate(args.data or [photos(os.path.join(temporary, "built-in, as JPEG"))]):
-            files, pack = sources.Folder(folder, "train"), os.path.join(temporary, f"pack{number}")
-            data.pack(folder, pack, workers=CORES)
-            batch, size = min(100, len(files)), min(224, *files[0][0].shape[-2:])
-            collate = functools.partial(train.collate, mask="random", grid=size // 32 if size > 128 else 4, ratio=0.6)
-            for kind, options in CROPS.items():
-                ours, theirs = (functools.partial(view, crop=crop, size=size, **options) for crop in (data.random_resized_crop, pil_crop))
-                pil = data.Views(PILFolder(folder, "train"), theirs)
-                views_of = {"files, PIL": pil, "files": data.Views(files, ours), "pack": data.Views(sources.Packed(pack, "train"), ours)}
-                with threads(1):
-                    one, every = (in_turn(args.runs, {name: functools.partial(throughput, views, collate, batch, workers)
-                                                      for name, views in views_of.items()}, f"{folder}, {kind}") for workers in (0, CORES))
-                for name, views in views_of.items():
-                    differ = [(views[0, i, i][0][0].float() - data.denormalize(pil[0, i, i][0][0][None])).abs().mean().item()
-                              for i in range(0, len(files), max(1, len(files) // 100))]
-                    rows.append({"images": f"{os.path.basename(os.path.normpath(folder))} → {size} px", "crop": kind, "source": name,
-                                 "images/s, one core": statistics.median(one[name]), "× PIL": ratio(one[name], one["files, PIL"]),
-                                 f"images/s, {CORES} workers": statistics.median(every[name]),
-                                 "difference": None if views is pil else statistics.mean(differ)})
+        paths = args.data or write_photos(temporary)
+        folder = data.Folder(paths[0], "train")
+        sources = {path: data.open_source(path, "train", 224) for path in paths}
+        size = 224 if min(folder[0][0].shape[-2:]) >= 224 else 32
+        for crop, (ours, config) in VIEWS.items():
+            config = config | dict(img_size=size, mask_size=size // 7)
+            views = {"PIL": PILViews(folder, config, 0)}
+            for path, source in sources.items():
+                views[path] = ours(source, config, 0)
+            batch = min(args.batch or 100, len(folder))
+            works = {name: (images_per_second, view, batch, 0) for name, view in views.items()}
+            speeds = in_turn(args.runs, works)
+            for name, view in views.items():
+                row = {"crop": f"{crop}, {size} px", "from": name,
+                       "images/s": statistics.median(speeds[name]),
+                       "× PIL": ratio(speeds[name], speeds["PIL"])}
+                if name != "PIL":
+                    row["difference"] = difference(view, views["PIL"])
+                rows.append(row)
+    torch.set_num_threads(threads)
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ the loss
+def difference(ours, pil):
+    """Mean absolute difference of a hundred crops, in 1/255."""
+    differences = []
+    for i in range(0, len(pil.source), max(1, len(pil.source) // 100)):
+        image = data.denormalize(pil[0, i, i][0][None])[0]
+        differences.append((ours[0, i, i][0].float() - image.float()).abs().mean().item())
+    return statistics.mean(differences)
 
-def two_ffts(reconstruction, target, mask, weight=0.1):
-    """A²MIM's loss for a ViT as the formulas read: both images of every pair transformed whole, then spectra averaged."""
+
+# ---- the loss
+
+def two_ffts(reconstruction, target, mask):
+    """A²MIM's loss for a ViT as the formulas read: both images of every pair are transformed."""
     M = F.interpolate(mask[:, None], size=target.shape[-2:], mode="nearest-exact")
     spatial = ((reconstruction - target).abs() * M).sum() / (3 * (M.sum() + 1e-5))
-    blend = M * reconstruction + (1 - M) * (0.5 * reconstruction.detach() + 0.5 * target)
-    spectra = [torch.fft.fft2(image, norm="ortho") for image in (blend, target)]
-    difference = spectra[0].mean(0) - spectra[1].mean(0)
-    power = difference.real ** 2 + difference.imag ** 2
+    standin = 0.5 * reconstruction.detach() + 0.5 * target
+    blend = M * reconstruction + (1 - M) * standin
+    spectrum = torch.fft.fft2(blend, norm="ortho").mean(0)
+    error = spectrum - torch.fft.fft2(target, norm="ortho").mean(0)
+    power = error.real ** 2 + error.imag ** 2
     w = power.detach().sqrt().log1p()
-    return spatial + weight * ((w / w.max()).clamp(0, 1) * power).mean()
+    return spatial + 0.1 * ((w / w.max()).clamp(0, 1) * power).mean()
+
+
+def ours(reconstruction, target, mask):
+    return losses.A2MIMLoss()(reconstruction, target, mask)["loss"]
 
 
 def bench_loss(args):
-    """Forward and backward of A²MIM's loss for a ViT, 224 px; value and gradient relative to those of two FFTs."""
-    rows, batch, ours = [], args.batch or 32, losses.A2MIMLoss()
-    image, mask = torch.randn(batch, 3, 224, 224, device=DEVICE), masking.random_mask(batch, 7, 0.6).to(DEVICE)
+    """Forward and backward of A²MIM's loss for a ViT at 224 px.
+
+    value, gradient: the relative difference from those of two FFTs.
+    """
+    batch = args.batch or 32
+    image = torch.randn(batch, 3, 224, 224, device=DEVICE)
+    mask = masking.random_mask(batch, 7, 0.6).to(DEVICE)
     reconstruction = torch.randn_like(image).requires_grad_()
 
-    def both_ways(loss):
+    def evaluate(loss):
         value = loss(reconstruction, image, mask)
         return value.detach(), torch.autograd.grad(value, reconstruction)[0]
 
-    works = {"two FFTs": lambda: both_ways(two_ffts), "ours": lambda: both_ways(lambda *pair: ours(*pair)["loss"])}
-    memory = {name: peak_memory(work) for name, work in works.items()}
-    (value, gradient), (our_value, our_gradient) = (work() for work in works.values())
-    for count in sorted({1, CORES}) if DEVICE.type == "cpu" else [1]:
-        with threads(count):
-            times = in_turn(args.runs, {name: functools.partial(seconds, work) for name, work in works.items()}, f"loss, {count} thread(s)")
-        for name, each in times.items():
-            rows.append({"loss": name, "batch": batch, "threads": count, "ms": 1e3 * statistics.median(each),
-                         "times faster": ratio(times["two FFTs"], each), "peak MB": memory[name] / 1e6})
-        rows[-1] |= {"value": ((our_value - value).abs() / value).item(),
-                     "gradient": ((our_gradient - gradient).norm() / gradient.norm()).item()}
+    functions = {"two FFTs": two_ffts, "ours": ours}
+    works = {name: (seconds, evaluate, loss) for name, loss in functions.items()}
+    times = in_turn(args.runs, works)
+    value, gradient = evaluate(two_ffts)
+    rows = []
+    for name, loss in functions.items():
+        its_value, its_gradient = evaluate(loss)
+        rows.append({"loss": name, "batch": batch, "ms": 1e3 * statistics.median(times[name]),
+                     "times faster": ratio(times["two FFTs"], times[name]),
+                     "value": ((its_value - value).abs() / value).item(),
+                     "gradient": ((its_gradient - gradient).norm() / gradient.norm()).item()})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ the step
+# ---- the step
+
+PARTS = ("bytes to floats", "forward", "loss", "backward", "optimizer")
+
 
 class Step:
-    """One step of train.py on random images, from bytes on the device to updated weights."""
+    """A step of train.py on random images: from bytes on the device to updated weights."""
 
-    def __init__(self, arch, batch, img_size=None):
-        size = [] if img_size is None else ["--img-size", str(img_size)]
-        self.config = train.resolve(train.parse(["--arch", arch, *size]))
-        model, self.criterion = train.build(self.config)
-        self.model = train.place(model, DEVICE, 1).train()
-        self.optimizer = optim.make_optimizer(self.model, self.config)
-        self.autocast, self.scaler = train.precision("auto", DEVICE)
-        with self.autocast():
-            self.dtype = torch.get_autocast_dtype(DEVICE.type) if torch.is_autocast_enabled(DEVICE.type) else torch.float32
-        size, grid = self.config["img_size"], self.config["img_size"] // self.config["mask_size"]
-        self.image = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(DEVICE)
-        self.mask = masking.random_mask(batch, grid, self.config["mask_ratio"]).to(DEVICE)
+    def __init__(self, arch, batch):
+        cfg = recipes.pretraining(["--arch", arch], "")[0]
+        model = models.build(cfg.arch, cfg.img_size, mask_layer=cfg.mask_layer, token=cfg.token,
+                             fill=cfg.fill, drop_path=cfg.drop_path or 0.0)
+        self.cfg = cfg
+        self.model = runtime.place(model, DEVICE).train()
+        self.criterion = losses.A2MIMLoss(
+            cfg.spatial_loss, cfg.frequency_loss, cfg.frequency_weight,
+            cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
+        self.optimizer = optim.make_optimizer(self.model, cfg)
+        self.autocast, self.scaler = runtime.precision("auto", DEVICE)
+        size = (batch, cfg.channels, cfg.img_size, cfg.img_size)
+        self.image = torch.randint(0, 256, size, dtype=torch.uint8).to(DEVICE)
+        grid = cfg.img_size // cfg.mask_size
+        self.mask = masking.random_mask(batch, grid, cfg.mask_ratio).to(DEVICE)
 
-    def parts(self, model):
-        """Takes the step; says what is done, part by part."""
-        image, before = data.normalize(self.image), optim.statistics(self.model)
-        yield "bytes to floats"
-        with self.autocast():
-            reconstruction = model(image, self.mask)
-        yield "forward"
+    def take(self, replica, clock=time.perf_counter):
+        """Take the step. Returns what the clock says before it and after each of PARTS."""
+        times = [clock()]
+        statistics = optim.statistics(self.model)
+        image = data.normalize(self.image, self.cfg.mean, self.cfg.std)
+        times.append(clock())
+        with self.autocast:
+            reconstruction = replica(image, self.mask)
+        times.append(clock())
         loss = self.criterion(reconstruction, image, self.mask)["loss"]
-        yield "loss"
+        times.append(clock())
         self.scaler.scale(loss).backward()
-        yield "backward"
-        optim.update(self.model, self.optimizer, self.scaler, self.config["clip"], loss.detach(), before)
-        yield "optimizer"
+        times.append(clock())
+        optim.update(self.model, self.optimizer, self.scaler, self.cfg.clip, loss.detach(), statistics)
+        times.append(clock())
+        return times
 
-    def __call__(self, model=None):
-        for _ in self.parts(self.model if model is None else model):        # a compiled one is neither true nor false
-            pass
-
-    def split(self, model):
-        """{part: percent of the time}, one after the other."""
-        parts, began = {}, time.perf_counter()
-        for name in self.parts(model):
-            wait()
-            parts[name], began = time.perf_counter() - began, time.perf_counter()
-        return {f"{name} %": 100 * part / sum(parts.values()) for name, part in parts.items()}
+    def take_on(self, loaded):
+        """Take the step on a batch that a loader brought."""
+        self.image = loaded[0].to(DEVICE, non_blocking=True)
+        self.mask = loaded[1].to(DEVICE, non_blocking=True)
+        self.take(self.model)
 
     def flops(self):
         """Of matrix products and convolutions, forward and backward, for one image."""
         with FlopCounterMode(display=False) as counter:
-            self()
+            self.take(self.model)
         return counter.get_total_flops() / len(self.image)
 
-    def fed(self, path):
-        """Images a second of steps on images from --data."""
-        def work(found):
-            self.image, self.mask = (tensor.to(DEVICE, non_blocking=True) for tensor in found)
-            self()
-
-        batch, size, grid = len(self.image), self.image.shape[-1], self.mask.shape[-1]
-        views = data.Views(sources.open_source(path, "train", size), functools.partial(train.view, size=size, scale=self.config["crop_scale"]))
-        collate = functools.partial(train.collate, mask="random", grid=grid, ratio=self.config["mask_ratio"])
-        return throughput(views, collate, batch, max(1, min(8, CORES - 1)), work)
+    def peak(self, runs):
+        """FLOP/s of the fastest square matrix product, in the precision of the step."""
+        works = {}
+        for n in (2048, 4096, 8192) if CUDA else (1024, 2048, 4096):
+            square = torch.randn(n, n, device=DEVICE)
+            with self.autocast:
+                square = square @ square                # has the dtype that autocast computes in
+            works[n] = (seconds, torch.matmul, square, square)
+        times = in_turn(runs, works)
+        return max(2 * n ** 3 / statistics.median(times[n]) for n in works)
 
 
 def bench_step(args):
-    """Training steps: model FLOP/s (matrix products and convolutions) as a share of the machine's fastest matrix product."""
+    """Training steps, compiled and not, and with --data on what a loader brings.
+
+    FLOP/s are those of matrix products and convolutions, the peak is the fastest matrix product's.
+    """
+    sources = {path: data.open_source(path, "train", 224) for path in args.data}
     rows = []
-    for path in args.data or []:
-        sources.open_source(path, "train", 32)                              # a wrong path, before minutes are spent
-    for arch in args.arch or ["vit_b", "resnet50"]:
-        step = Step(arch, args.batch or (recipes.RECIPES[arch]["micro_batch"] if DEVICE.type == "cuda" else 8))
-        batch, flops, peak = len(step.image), step.flops(), matmul_peak(step.dtype, args.runs)
-        models = {"eager": step.model, "compiled": torch.compile(step.model)}
-        try:
-            step(models["compiled"])
-        except Exception as error:                                          # no compiler on the machine, say
-            rows.append({"arch": arch, "how": f"compiled: {type(error).__name__}"})
-            del models["compiled"]
-        times = in_turn(args.runs, {name: functools.partial(seconds, step, model) for name, model in models.items()}, arch)
-        for name, model in models.items():
-            parts, speed = [step.split(model) for _ in range(args.runs)], batch / statistics.median(times[name])
-            rows.append({"arch": arch, "how": name, "batch": batch, "images/s": speed, "TFLOP/s": flops * speed / 1e12,
-                         "share of peak %": 100 * flops * speed / peak, f"peak TFLOP/s ({str(step.dtype)[6:]})": peak / 1e12,
-                         "× eager": ratio(times["eager"], times[name])}
-                        | {part: statistics.median(each[part] for each in parts) for part in parts[0]})
-        for path in args.data or []:
-            speed = step.fed(path)
-            rows.append({"arch": arch, "how": f"eager, fed by the loader from {path}", "images/s": speed,
-                         "of those without": speed / batch * statistics.median(times["eager"])})
+    for arch in args.arch:
+        batch = args.batch or (recipes.RECIPES[arch]["micro_batch"] if CUDA else 8)
+        step = Step(arch, batch)
+        flops = step.flops()
+        peak = step.peak(args.runs)
+        replicas = {"eager": step.model}
+        if not args.eager:
+            replicas["compiled"] = torch.compile(step.model)
+
+        # whole steps; then, with the device waited for after each, their parts
+        works = {how: (seconds, step.take, replica) for how, replica in replicas.items()}
+        times = in_turn(args.runs, works)
+        works = {how: (step.take, replica, clock) for how, replica in replicas.items()}
+        parts = in_turn(args.runs, works)
+        for how in replicas:
+            speed = batch / statistics.median(times[how])
+            row = {"arch": arch, "how": how, "batch": batch, "images/s": speed,
+                   "× eager": ratio(times["eager"], times[how]), "TFLOP/s": flops * speed / 1e12,
+                   "peak TFLOP/s": peak / 1e12, "share of peak %": 100 * flops * speed / peak}
+            for i, part in enumerate(PARTS):
+                shares = [(t[i + 1] - t[i]) / (t[-1] - t[0]) for t in parts[how]]
+                row[f"{part} %"] = 100 * statistics.median(shares)
+            rows.append(row)
+
+        for path, source in sources.items():
+            views = data.Crops(source, step.cfg, 0)
+            speed = images_per_second(views, batch, runtime.workers(), step.take_on)
+            rows.append({"arch": arch, "how": f"eager, fed from {path}", "batch": batch,
+                         "images/s": speed,
+                         "× eager": speed / batch * statistics.median(times["eager"])})
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ growth
+# ---- tables
 
-def free_memory():
-    """Bytes that could be had."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-    return float("inf")
+TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step}
 
-
-SIZES, BATCHES = (96, 192, 288, 384), (8, 16, 32, 64)                       # of images in pixels; images in a step
-
-
-def bench_memory(args):
-    """Memory that a training step needs beyond weights, images and optimizer, and its time; more than the machine has: not run."""
-    rows = []
-    for arch in args.arch or ["deit_t", "resnet50"]:
-        for size in SIZES:
-            used = 0
-            for batch in BATCHES:
-                if 2.2 * used > free_memory():                              # twice as much, and some air
-                    break
-                step = Step(arch, batch, size)
-                used = peak_memory(step)
-                times = in_turn(args.runs, {"step": functools.partial(seconds, step)}, f"{arch}, {size} px, {batch}")["step"]
-                rows.append({"arch": arch, "px": size, "batch": batch, "peak MB": used / 1e6, "MB an image": used / 1e6 / batch,
-                             "ms an image": 1e3 * statistics.median(times) / batch})
-                del step                                                    # before the next one is made
-    return rows
-
-
-def bench_scaling(args):
-    """Training on several processes: images a second of the last steps that were logged."""
-    rows, here, arch = [], os.path.dirname(os.path.abspath(__file__)), (args.arch or ["vit_nano"])[0]
-    most = torch.cuda.device_count() if DEVICE.type == "cuda" else CORES
-    for count in sorted({n for n in (1, 2, 4, 8, most) if n <= most}):
-        speeds = []
-        for _ in range(args.runs):
-            with tempfile.TemporaryDirectory() as folder:
-                command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "train.py", "--arch", arch, "--out", folder,
-                           "--steps", "40", "--batch-size", str((args.batch or 32) * count), "--workers", "1"]
-                environment = os.environ | dict(OMP_NUM_THREADS=str(max(1, CORES // count)))
-                subprocess.run([sys.executable, *command], cwd=here, env=environment, check=True, capture_output=True)
-                with open(os.path.join(folder, "log.jsonl")) as file:
-                    speeds.append(json.loads(list(file)[-1])["images_per_second"])
-        speed = statistics.median(speeds)
-        rows.append({"processes": count, "images/s": speed, "images/s each": speed / count})
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------ tables
 
 def cell(value):
-    return value if isinstance(value, str) else "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def show(rows):
     """Rows of {column: value} as text."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    texts = [columns] + [[cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    for text in texts:
-        print("  ".join(value.ljust(width) for value, width in zip(text, widths)).rstrip())
+    lines = [columns] + [[cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
     print()
 
 
-TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step, "memory": bench_memory, "scaling": bench_scaling}
-
-
-def parse(argv):
-    harness.PROGRAM = "bench.py"
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = harness.fail
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (all)")
-    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="loader: folders of images (300 built-in ones, as JPEG files); step: "
-                        "whatever train.py takes, packs too, for steps on what the loader brings (random images only)")
-    parser.add_argument("--arch", nargs="+", choices=recipes.RECIPES, metavar="ARCH",
-                        help="architectures (step: vit_b resnet50; memory: deit_t resnet50; scaling: vit_nano)")
-    parser.add_argument("--batch", type=train.count, help="images (loss: 32; step: 8, on a GPU the recipe's; scaling: 32 a process)")
-    parser.add_argument("--runs", type=train.count, default=5, help="repetitions, of which medians are taken (5)")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    args = parser.parse_args(argv)
-    if wrong := [name for name in args.tables if name not in TABLES]:
-        parser.error(f"there is no table {wrong[0]!r}: choose from {', '.join(TABLES)}")
-    return args
-
-
 def main(argv=None):
-    args = parse(argv)
-    machine = dict(torch=torch.__version__, cores=CORES, cpu=torch.backends.cpu.get_cpu_capability(),
-                   device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu", runs=args.runs)
+    parser = runtime.Parser("bench.py", description=__doc__)
+    option = parser.add_argument
+    option("table", nargs="?", choices=TABLES, help="which table (all)")
+    option("--data", nargs="+", default=[], help="loader: a folder of images, and what to compare, "
+           "such as a tar of it (300 built-in ones); step: what to feed it from, too")
+    option("--arch", nargs="+", default=["vit_b", "resnet50"], choices=recipes.RECIPES,
+           metavar="ARCH", help="step: architectures (vit_b resnet50)")
+    option("--batch", type=int,
+           help="images (loader: 100; loss: 32; step: 8, on a GPU the recipe's micro-batch)")
+    option("--runs", type=int, default=5, help="repetitions, of which medians are taken (5)")
+    option("--eager", action="store_true", help="step: without torch.compile (it needs a compiler)")
+    option("--json", action="store_true", help="print JSON, not text")
+    args = parser.parse_args(argv)
+
+    device = torch.cuda.get_device_name() if CUDA else torch.backends.cpu.get_cpu_capability()
+    machine = dict(torch=torch.__version__, device=device, cores=data.cores(), runs=args.runs)
     results = {"machine": machine}
-    if not args.json:
-        print(", ".join(f"{k} {v}" for k, v in machine.items()) + "\n")
-    for name in args.tables or TABLES:
-        results[name] = harness.together(functools.partial(TABLES[name], args))                # errors in one line
+    for name in [args.table] if args.table else TABLES:
+        results[name] = TABLES[name](args)
         if not args.json:
             print(f"{name}: {TABLES[name].__doc__.strip()}\n")
             show(results[name])
     if args.json:
         print(json.dumps(results, indent=2))
+    else:
+        print(", ".join(f"{key} {value}" for key, value in machine.items()))
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

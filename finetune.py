@@ -1,421 +1,658 @@
 """Find out what an encoder's features are worth: fine-tune it, probe it, or evaluate it.
 
-  python finetune.py --init runs/vit_nano-a2mim-shapes/last.pt             fine-tune on the built-in images' ten classes
-  python finetune.py --arch vit_nano --protocol scratch-small              the same from scratch
-  python finetune.py --init CHECKPOINT --protocol knn --data FOLDER        nearest neighbours, nothing is trained
-  python finetune.py --init CHECKPOINT --task pose --freeze                where, how large, turned how far?
-  torchrun --nproc_per_node=8 finetune.py --arch vit_b --init CHECKPOINT --data path/to/imagenet       as published
+Fine-tune a pre-trained encoder on the built-in images' ten classes, or train the same from scratch:
+$ python finetune.py --init runs/vit_nano-a2mim-shapes/last.pt
+$ python finetune.py --arch vit_nano --protocol scratch-small
+Nearest neighbours, where nothing is trained; a probe of where, how large, turned how far:
+$ python finetune.py --init CHECKPOINT --protocol knn --data path/to/images
+$ python finetune.py --init CHECKPOINT --task pose --freeze
+As published, on 8 GPUs:
+$ torchrun --nproc_per_node=8 finetune.py --arch vit_b --init CHECKPOINT --data path/to/imagenet
 
-CHECKPOINT is ours or another project's (see weights.py). --protocol picks a published recipe; any field of it can be
-overridden. A run lives in a folder: last.pt, best.pt, log.jsonl, result.json. The same command again continues it.
+CHECKPOINT is ours or another project's (see weights.py). --protocol picks a recipe; every key of it is an
+option. A run lives in a folder: last.pt, best.pt, log.jsonl, result.json. The same command continues it.
 """
-import contextlib
-import functools
 import json
+import math
 import os
+import sys
 import time
-from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import data
-import evaluate
-import harness
-import losses
 import model as models
 import optim
+import protocols
+import recipes
+import runtime
 import shapes
-import sources
-import train
 import weights
-from harness import RANK, fail, say, sum_over_ranks, together
-from recipes import FOR_ARCH, IMAGENET100, KEYS, PROTOCOLS, PROTOCOLS_IMAGENET100, RECIPES, SIZES, TRAINING, UNCUT
-from train import count, number, optional, positive, share
-
-# ------------------------------------------------------------------------------------------------ configuration
-
-CHANGED = {  # options beside those of train.CONFIG: (type, help, choices)
-    "arch": (str, "architecture; absent: the checkpoint's, if it is ours", RECIPES),
-    "protocol": (str, "scratch-…: without --init; knn trains nothing; small is ours, for small images, and the default of the nano presets; "
-                      "the others are as published, the defaults simmim for a ViT and rsb_a3 for a ResNet", PROTOCOLS),
-    "data": (str, "a folder of class folders, or of train/ and val/ with class folders; a pack of one (data.py pack); or one of "
-                  f"{', '.join(sources.SOURCES)} (all but shapes are downloaded)", None),
-    "test_resize": (count, "short side of test images, pixels; absent: in proportion to img_size", None),
-    "test_crop": (count, "side of their central crop, pixels; absent: in proportion to img_size", None),
-    "optimizer": (str, "of the training", ("adamw", "lamb", "sgd")),
-    "lr": (positive, "peak learning rate; absent: the protocol's, scaled linearly with the batch size", None),
-    "schedule": (str, "after a linear warm-up; step is ×0.1 at each of --lr-step-epochs", ("step", "cosine")),
-    "lr_step_epochs": (number(int, 0), "of the step schedule", None),
-    "weight_decay": (positive, "biases, norms, positions, tokens and scales have none", None),
-    "layer_decay": (optional(share), "factor on the learning rate from each block to the one below, or none", None),
-    "clip": (optional(positive), "largest norm of the gradient, or none (LAMB has its own)", None),
-    "loss": (str, "cross entropy, or binary cross entropy summed over classes", ("ce", "bce")),
-    "label_smoothing": (optional(share), "of the targets", None),
-    "mixup": (optional(positive), "α of mixup; with cutmix too, a coin decides for each batch", None),
-    "cutmix": (optional(positive), "α of cutmix", None),
-    "randaugment": (optional(number(float, 0, 10)), "magnitude of RandAugment", None),
-    "random_erasing": (optional(share), "how often a box of an image is erased", None),
-    "repeated_augmentation": (optional(count), "crops of an image in one epoch", None),
-    "ema": (optional(share), "decay of a running mean of the weights, which is then evaluated", None),
-}
-CONFIG = {key: (train.CONFIG | CHANGED)[key] for key in KEYS}
 
 
-def parse(argv):
-    parser = train.make_parser("finetune.py", "[--init CHECKPOINT] [--protocol PROTOCOL] [--data DATA] [option ...]", __doc__,
-                               CONFIG, "protocol", " (at most 256; 128 for vit_b and vit_l)")
-    option = parser.add_argument_group("what to find out").add_argument
-    option("--init", metavar="CHECKPOINT", help="encoder to start from, its classifier left aside; absent: random weights")
-    option("--task", choices=losses.TASKS, help="class (the default); or of the built-in images, the pose (centre, size, angle) or the "
-           "object's mask")
-    option("--freeze", action="store_true", help="train the head only, as linear does")
-    option("--eval", action="store_true", help="evaluate --init, head included, on the test images (of a folder without train/: "
-           "on all), and train nothing")
-    option("--labels", type=count, help="train on this many images, drawn by --seed (all)")
-    option("--eval-every", type=count, default=1, help="epochs between two evaluations (1)")
-    option("--k", type=count, default=20, help="knn: neighbours (20)")
-    option("--temperature", type=number(float, 1e-6), default=0.07, help="knn: a neighbour weighs exp(similarity / temperature) (0.07)")
-    return parser.parse_args(argv)
+# ---- tasks: what a head predicts, and how it is judged
+
+class Classification:
+    """Which class: logits (B, K); targets (B, K) in training, labels (B,) in tests."""
+    pool = "mean"                                       # of model.Predictor
+    outputs = None                                      # one for each class
+    metric = "top1"                                     # the one that counts
+    sign = 1                                            # more is better
+
+    @staticmethod
+    def loss(logits, target, cfg):
+        smoothing = cfg["label_smoothing"] or 0.0
+        if cfg["loss"] == "ce":
+            return F.cross_entropy(logits, target, label_smoothing=smoothing)
+        # summed over classes, averaged over images: it matters where gradients are clipped (LAMB)
+        target = target * (1 - smoothing) + smoothing / target.shape[1]
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
+
+    @staticmethod
+    def sums(logits, label, size):
+        hits = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
+        return torch.stack([hits[:, 0].sum(), hits.sum()])
+
+    @staticmethod
+    def metrics(sums, n):
+        return dict(top1=100 * sums[0] / n, top5=100 * sums[1] / n)
 
 
-def resolve(args, checkpoint=None):
-    """The configuration: row of --protocol for --arch, then what was given. Raises ValueError, in one line.
+class Pose:
+    """Where the object is, how large, turned how far: (B, 5); targets (B, 4), see Shapes.sample."""
+    pool = "flatten"
+    outputs = 5
+    metric = "angle_deg"
+    sign = -1
 
-    checkpoint: what the file --init holds; ours say which architecture and image size it is.
-    """
-    given, known = vars(args), weights.run_of(checkpoint)
-    if args.init is not None and "arch" not in given and "arch" not in known:
-        raise ValueError(f"{args.init} does not say which architecture it holds: give --arch, one of {', '.join(RECIPES)}")
-    arch = given.get("arch") or known.get("arch", "vit_nano")
-    if known.get("arch", arch) != arch:
-        raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
-    like = models.like(arch)
-    cnn, nano = "resnet" in like, "nano" in like
-    if args.task is None:
-        args.task = known["task"] if args.eval and known.get("task") in losses.TASKS else "class"
-    protocol = given.get("protocol") or (known["protocol"] if args.eval and known.get("protocol") in PROTOCOLS else "small" if nano
-                                         else "rsb_a3" if cnn and args.recipe == "imagenet" else "simmim")
-    table = PROTOCOLS if args.recipe == "imagenet" else PROTOCOLS_IMAGENET100 if arch in IMAGENET100 else {}
-    row = table.get(protocol, (None, None))[cnn]
-    if row is None:
-        some = [name for name, rows in table.items() if rows[cnn]]
-        raise ValueError(f"there is no {protocol} protocol of {args.recipe} for {arch}" + (f": choose from {', '.join(some)}" if some else ""))
-    if args.init is not None and protocol.startswith("scratch-") and not args.eval:
-        raise ValueError(f"{protocol} starts from random weights: leave out --init, or choose another --protocol")
-    if args.recipe == "imagenet":
-        row = row | FOR_ARCH.get(protocol, {}).get(like, {})
-    if nano or protocol in ("knn", "small", "scratch-small"):               # no size of their own: the encoder's
-        size = known.get("img_size") or RECIPES[arch]["img_size"]
-        row = row | dict(img_size=size, test_crop=size, test_resize=round(size * 256 / 224) if protocol == "knn" and not nano else size)
-    if args.eval:                                                           # as it was tested while it was trained
-        row = row | {key: known[key] for key in SIZES if SIZES <= known.keys()}
-    whole, still = args.task != "class", args.eval or protocol == "knn"     # pose and mask: whole images, as they are
-    without = TRAINING if still else UNCUT if whole else []                 # what has no effect
-    if odd := [name for name in without if name in given]:
-        raise ValueError(f"--{odd[0].replace('_', '-')} has no effect " + ("where nothing is trained" if still else f"on the {args.task}")
-                         + ": leave it out")
-    row = row | {name: None for name in without if name not in SIZES}
-    config = dict(arch=arch, protocol=protocol, data="shapes") | data.colours(given, known) | row
-    config |= {name: given[name] for name in CONFIG if name in given}
-    if "lr" not in given and row["lr"]:
-        config["lr"] = row["lr"] * config["batch_size"] / row["batch_size"]
-    if "test_crop" not in given:
-        config["test_crop"] = round(row["test_crop"] * config["img_size"] / row["img_size"])
-    if "test_resize" not in given:
-        config["test_resize"] = max(config["test_crop"], round(row["test_resize"] * config["test_crop"] / row["test_crop"]))
-    if whole:
-        config |= dict(test_resize=config["img_size"], test_crop=config["img_size"])
-    for name in ("crop_scale", "lr_step_epochs"):
-        config[name] = config[name] and list(config[name])                  # as JSON has it
-    c = SimpleNamespace(**config)
-    for wrong, message in (
-            (args.eval and args.init is None, "--eval needs --init, a fine-tuned checkpoint"),
-            (args.eval and protocol == "knn", "--eval evaluates a head and knn has none: take one of them"),
-            (c.crop_scale and not 0 < c.crop_scale[1] >= c.crop_scale[0], "--crop-scale: the smaller share first, above 0"),
-            (c.randaugment is not None and c.channels not in (1, 3), f"RandAugment knows no images of {c.channels} channels: --randaugment none"),
-            (whole and c.data != "shapes", f"only the built-in images know the {args.task}: leave out --data"),
-            (whole and protocol in ("knn", "linear"), f"{protocol} is for classes, not for the {args.task}: "
-             "choose another --protocol, and --freeze for a probe"),
-            (c.test_resize < c.test_crop, f"test_resize {c.test_resize} is smaller than test_crop {c.test_crop}"),
-            (c.schedule == "step" and not c.lr_step_epochs, "the step schedule needs --lr-step-epochs"),
-            (c.schedule == "cosine" and c.min_lr is None, "the cosine schedule needs --min-lr")):
-        if wrong:
-            raise ValueError(message)
-    return {name: config[name] for name in CONFIG}
+    @staticmethod
+    def encode(pose):
+        """Centre x and y, radius, angle -> x, y, radius, cos and sin of the angle, of variance 1 or so."""
+        x, y, radius, angle = pose.unbind(1)
+        return torch.stack([8 * (x - 0.5), 8 * (y - 0.5), 16 * (radius - 0.35), angle.cos(), angle.sin()], 1)
+
+    @staticmethod
+    def loss(output, pose, cfg):
+        return F.mse_loss(output, Pose.encode(pose))
+
+    @staticmethod
+    def sums(output, pose, size):
+        error = output - Pose.encode(pose)
+        turn = torch.atan2(output[:, 4], output[:, 3]) - pose[:, 3]
+        turn = torch.atan2(turn.sin(), turn.cos()).abs()                    # the shorter way round
+        return torch.stack([error[:, :2].norm(dim=1).sum() / 8 * size, error[:, 2].abs().sum() / 16 * size,
+                            turn.rad2deg().sum()])
+
+    @staticmethod
+    def metrics(sums, n):
+        return dict(centre_px=sums[0] / n, scale_px=sums[1] / n, angle_deg=sums[2] / n)
 
 
-# ------------------------------------------------------------------------------------------------ what is seen
+class Mask:
+    """Which pixels are the object's: logits (B, 1, H, W); targets (B, H, W) bool."""
+    pool = "none"
+    outputs = 1
+    metric = "miou"
+    sign = 1
 
-def mix(image, label, config, classes):
-    """Mixup or cutmix of a batch, one λ for all (arXiv 1710.09412, 1905.04899): image, soft targets (B, K)."""
-    kinds = [kind for kind, name in ((v2.MixUp, "mixup"), (v2.CutMix, "cutmix")) if config[name]]
-    if not kinds:
-        return image, F.one_hot(label, classes).float()
-    kind = kinds[int(torch.rand(()) * len(kinds))]
-    return kind(alpha=config["mixup" if kind is v2.MixUp else "cutmix"], num_classes=classes)(image, label)
+    @staticmethod
+    def loss(logits, mask, cfg):
+        return F.binary_cross_entropy_with_logits(logits[:, 0], mask.float())
 
+    @staticmethod
+    def sums(logits, mask, size):
+        """Pixels that both, and either, call object; and background."""
+        object_ = logits[:, 0] > 0
+        return torch.stack([(object_ & mask).sum(), (object_ | mask).sum(),
+                            (~object_ & ~mask).sum(), (~object_ | ~mask).sum()])
 
-def train_view(sample, generator, config):
-    """What a loader's worker makes of an (image, target) in training."""
-    image, target = sample
-    if config["crop_scale"] is not None:
-        image = data.random_resized_crop(image, config["img_size"], config["crop_scale"], generator, interpolation=data.BICUBIC)
-    if config["randaugment"] is not None or config["random_erasing"]:
-        image = data.augment(image, generator, config["randaugment"], config["random_erasing"], config["mean"], config["std"])
-    return image, target
-
-
-def test_view(sample, generator, config):
-    return data.evaluation_crop(sample[0], config["test_resize"], config["test_crop"]), sample[1]
+    @staticmethod
+    def metrics(sums, n):
+        return dict(miou=50 * (sums[0] / sums[1] + sums[2] / sums[3]))
 
 
-# ------------------------------------------------------------------------------------------------ runs
-
-LINE = "epoch {epoch} loss {loss:.4f}, {images_per_second:.0f} images/s"
-
-
-def open_labelled(config, split, task):
-    """Source of a split, of images that have a label, and the names of the classes. Raises ValueError."""
-    if task != "class":
-        return sources.Channels(shapes.Shapes(config["img_size"], split, target=task), config["channels"]), None
-    source = sources.open_source(config["data"], split, config["img_size"], config["channels"])
-    if getattr(source, "empty", None):
-        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it"
-                         + (", where the pack came from" if sources.is_pack(source.root) else ""))
-    where, labelled = getattr(source, "root", config["data"]), (source.labels >= 0).nonzero()[0]
-    if not len(labelled):
-        raise ValueError(f"the images of {where} have no labels: put those of each class in a folder of its own")
-    if len(source.classes) < 2:
-        raise ValueError(f"{where} has one class only, {' '.join(source.classes)}: nothing to tell apart")
-    return torch.utils.data.Subset(source, labelled), list(source.classes)
-
-
-def build(args, config, classes, checkpoint):
-    """The model, its encoder from --init, and what `weights.load` reports. Raises ValueError."""
-    task = losses.TASKS[args.task]
-    torch.manual_seed(data.key(args.seed))
-    encoder = models.build(config["arch"], config["img_size"], drop_path=config["drop_path"] or 0.0, channels=config["channels"]).encoder
-    if isinstance(encoder, models.ViT) and config["test_crop"] != config["img_size"]:
-        raise ValueError(f"a ViT is tested at its own size: --test-crop {config['test_crop']} differs from --img-size {config['img_size']}")
-    model, loaded = models.Predictor(encoder, task.outputs or len(classes), task.pool), None
-    if args.init is not None:
-        loaded = weights.load(model, checkpoint, args.init, head=args.eval)
-        theirs = checkpoint.get("classes")
-        theirs = theirs if isinstance(theirs, list) and all(isinstance(name, str) for name in theirs) else None
-        if args.eval and (any(name.startswith("head.") for name in loaded["missing"]) or theirs and theirs != classes):
-            there = f"one of {len(theirs)} ({', '.join(theirs[:3])} …)" if theirs else "another, or none"
-            raise ValueError(f"{args.init} has no {args.task} head for {config['data']}"
-                             + (f" and its {len(classes)} classes ({', '.join(classes[:3])} …), but {there}" if classes else ""))
-        checkpoint.clear()                                                  # its memory is no longer needed
-    if args.freeze or config["protocol"] == "linear":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.startswith("head.")
-    return model, loaded
-
-
-def prepare(args, config, world, checkpoint):
-    """(the run, if there is training; its model and data). Whatever can be wrong is found here, before anything is written.
-    Raises ValueError and OSError."""
-    usual = 256 if "nano" in models.like(config["arch"]) else RECIPES[config["arch"]]["micro_batch"]
-    training = not args.eval and config["protocol"] != "knn"
-    micro_batch = (train.find_micro_batch(config["batch_size"], args.micro_batch, world, usual) if training else
-                   args.micro_batch or min(usual, config["batch_size"]))
-    held_out, classes = open_labelled(config, "test" if args.eval else "val", args.task)
-    source, learned = (held_out, classes) if args.eval else open_labelled(config, "train", args.task)
-    if learned != classes:
-        odd = sorted(set(classes) ^ set(learned))
-        raise ValueError(f"the classes of {config['data']} do not match: {odd[0]!r} is in {'train' if odd[0] in learned else 'val'} only")
-    if args.labels:
-        if args.labels > len(source):
-            raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
-        chosen = torch.randperm(len(source), generator=data.generator(args.seed, "labels"))[:args.labels]
-        source = torch.utils.data.Subset(source, chosen.tolist())
-    for each in (source, held_out):                                         # if none can be read, now is the time to say so
-        data.readable(each, 0, args.seed, -1)
-    model, loaded = build(args, config, classes, checkpoint)
-    if config["protocol"] == "knn" and args.k > len(source):
-        raise ValueError(f"--k {args.k} is more than the {len(source)} training images")
-    identity = config | dict(task=args.task, eval=args.eval, init=args.init, freeze=args.freeze, labels=args.labels, seed=args.seed)
-    if config["protocol"] == "knn":
-        identity |= dict(k=args.k, temperature=args.temperature)
-    out = args.out or os.path.join("runs", run_name(args, config))
-    this = SimpleNamespace(model=model, loaded=loaded, source=source, held_out=held_out, classes=classes, micro_batch=micro_batch,
-                           identity=identity, out=out)
-    if args.init is not None and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(out):
-        raise ValueError(f"{out} is where --init lies: choose another --out")
-    if not training:
-        evaluate.check_result(out, identity, args.overwrite)
-        return None, this
-    total = config["epochs"] * (len(source) // config["batch_size"])
-    run = harness.Run(args, out, identity | dict(images=len(source)), total)
-    this.batches = data.Batches(len(source), config["batch_size"], micro_batch, run.start, run.stop, args.seed, RANK, world,
-                                config["repeated_augmentation"] or 1)
-    return run, this
-
-
-def name_of(checkpoint):
-    """What to call a checkpoint: after its folder if that is a run's, else after the file."""
-    folder, name = os.path.split(os.path.abspath(checkpoint))
-    return {"last.pt": os.path.basename(folder), "best.pt": os.path.basename(folder) + "-best"}.get(name, os.path.splitext(name)[0])
-
-
-def run_name(args, config):
-    """Name of the folder of a run: from what, by which protocol, for which task, on which images."""
-    if args.init is not None:
-        start = name_of(args.init)
-    else:
-        start = config["arch"] + ("" if config["protocol"].startswith("scratch") else "-random")
-    parts = [start, "eval" if args.eval else config["protocol"], "frozen" * args.freeze, args.task if args.task != "class" else "",
-             os.path.basename(os.path.normpath(config["data"])), f"{args.labels}labels" if args.labels else "",
-             f"k{args.k}" if config["protocol"] == "knn" and args.k != 20 else "", f"seed{args.seed}" if args.seed else ""]
-    return "-".join(filter(None, parts))
-
-
-def work(args, config, world, device, checkpoint):
-    """What one process does: evaluate, find neighbours, or train."""
-    if config["data"] in sources.SOURCES:                                   # one process of each machine downloads
-        together(lambda: os.environ.get("LOCAL_RANK", "0") == "0" and sources.open_source(config["data"], "train", 32))
-    run, this = together(lambda: prepare(args, config, world, checkpoint))
-    say(f"{config['arch']}, {sum(p.numel() for p in this.model.parameters()) / 1e6:.1f} M parameters, on {device} × {world}; "
-        f"{config['data']}: " + (f"{len(this.source):,} images to learn {args.task} from, " if this.source is not this.held_out else "")
-        + f"{len(this.held_out):,} to test"
-        + ("" if "data" in args else " (no --data given: the built-in images)"))
-    say(f"{args.init} is {weights.describe(this.loaded)}" if this.loaded else "no --init: from scratch")
-    workers, pin = train.loader_workers(args), device.type == "cuda"
-
-    def test_loader(source):
-        view = functools.partial(test_view, config=config)
-        return data.loader(data.TestViews(source, view, config["channels"]), evaluate.test_batches(len(source), this.micro_batch, world), workers, pin)
-
-    task, (autocast, scaler) = losses.TASKS[args.task], train.precision(args.amp, device)
-    how = device, autocast, functools.partial(data.normalize, mean=config["mean"], std=config["std"])
-    model, loader = train.place(this.model, device, world), test_loader(this.held_out)
-
-    def note(problems, images):
-        if line := evaluate.note_unreadable(problems, images, this.out, args.max_bad):
-            fail(line)
-
-    if args.eval:
-        metrics, problems = evaluate.evaluate(model, loader, task, *how)
-        note(problems, len(this.held_out))
-        evaluate.finish(this, args, metrics, epoch=None)
-    elif config["protocol"] == "knn":
-        bank, labels, problems = evaluate.features(model, test_loader(this.source), len(this.source), *how, world)
-        note(problems, len(this.source))
-        bank, labels = bank[labels >= 0], labels[labels >= 0]
-        queries, wanted, problems = evaluate.features(model, loader, len(this.held_out), *how, world)
-        note(problems, len(this.held_out))
-        mine = slice(RANK, None, world)                                     # each process's share of the test images
-        vote = functools.partial(evaluate.knn, bank, labels, k=min(args.k, len(bank)), temperature=args.temperature, classes=len(this.classes))
-        votes = torch.cat([vote(queries=part) for part in queries[mine].split(256)])
-        sums, n = sum_over_ranks(torch.stack(task.sums(votes, wanted[mine]))).tolist(), int((wanted >= 0).sum())
-        evaluate.finish(this, args, task.metrics(sums, max(n, 1)) | dict(n=n), epoch=None)
-    else:
-        return tune(args, config, run, this, model, loader, world, scaler, *how)
-
-
-def tune(args, config, run, this, model, test_loader, world, scaler, device, autocast, normalize):
-    """The training loop."""
-    task, steps_per_epoch = losses.TASKS[args.task], this.batches.steps_per_epoch
-    accumulate = config["batch_size"] // (this.micro_batch * world)
-    run.announce(config, this.micro_batch, accumulate)
-    if run.start > run.stop or run.start == run.stop == evaluate.result_step(run.out):
-        return
-    optimizer = optim.make_optimizer(model, config)
-    ema = optim.EMA(model, config["ema"], 20 * steps_per_epoch) if config["ema"] else None
-    best, tested = (run.state.get("best"), run.state.get("tested")) if run.resumed else (None, 0)
-    if run.resumed:
-        together(lambda: run.restore(model, optimizer, scaler, ema and ema.module))
-    average = ema.module if ema else model
-
-    def snapshot():
-        return dict(classes=this.classes, best=best, tested=tested, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict()) | (dict(ema=ema.module.state_dict()) if ema else {})
-
-    if args.compile:
-        model.compile()
-    replica = train.replicate(model, device, world, accumulate)
-    views = data.Views(this.source, functools.partial(train_view, config=config), args.seed)
-    stream = iter(data.loader(views, this.batches, train.loader_workers(args), device.type == "cuda"))
-
-    def test(done):
-        """Evaluate after so many steps, and keep the best of those after whole epochs."""
-        nonlocal best, tested
-        began, epoch = time.time(), (done - 1) // steps_per_epoch + 1
-        metrics, unreadable = evaluate.evaluate(average, test_loader, task, device, autocast, normalize)
-        if line := evaluate.note_unreadable(unreadable, len(this.held_out), run.out, args.max_bad):
-            run.problem, run.stopping = line, True
-        run.clock += time.time() - began                                    # no part of the training speed
-        if tested != done:
-            run.write(dict(step=done, epoch=epoch, **metrics), f"epoch {epoch} " + evaluate.describe(metrics))
-        tested = done
-        name, sign = task.best
-        if done % steps_per_epoch == 0 and (best is None or sign * metrics[name] > sign * best[name]):
-            if RANK > 0 or run.attempt(weights.write, os.path.join(run.out, "best.pt"), dict(
-                    format="nanoA2MIM", identity=run.identity, classes=this.classes, step=done, metrics=metrics, model=average.state_dict())):
-                best = metrics | dict(epoch=epoch)
-        return metrics
-
-    with run.underway(snapshot, ("loss",), LINE, config["batch_size"]):
-        tests = lambda done: done == run.stop or done % (steps_per_epoch * args.eval_every) == 0
-        if run.start and tests(run.start) and (tested != run.start or run.start == run.stop):
-            metrics = test(run.start)                                       # for which there was no time, or no disk
-        for step in range(run.start, run.stop):
-            model.train()
-            if args.freeze or config["protocol"] == "linear":
-                model.encoder.eval()
-            torch.manual_seed(data.key(args.seed, step, RANK))              # drop path and mixing, the same when continued
-            factor = optim.learning_rate(config, step, steps_per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            loss, problems, before = torch.zeros(1, device=device), [], optim.statistics(model)
-            for micro in range(accumulate):
-                batch, unreadable = next(stream)
-                image, target = (tensor.to(device, non_blocking=True) for tensor in batch)
-                image = normalize(image)
-                if args.task == "class":
-                    image, target = mix(image, target, config, len(this.classes))
-                with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else replica.no_sync():
-                    with autocast():
-                        output = replica(image)
-                    part = task.loss(output.float(), target, config) / accumulate
-                    scaler.scale(part).backward()
-                loss += part.detach()
-                problems += unreadable
-            sums = run.agree(loss, problems)
-            skipped = optim.update(model, optimizer, scaler, config["clip"], sums[0], before)
-            if ema:
-                ema.update(model, step)
-
-            done = step + 1
-            run.report(done, sums, skipped, config["lr"] * factor)
-            if tests(done) and (done == run.stop or not run.flush()):         # who is asked to stop has no time for it
-                metrics = test(done)
-            if run.due(done):
-                run.save(done)
-            if run.stopping and done < run.stop:
-                return run.leave(done)
-    if run.problem:
-        fail(run.problem)
-    evaluate.finish(this, args, metrics, epoch=(run.stop - 1) // steps_per_epoch + 1, step=run.stop, steps=run.total, best=best)
+TASKS = {"class": Classification, "pose": Pose, "mask": Mask}
 
 
 def main(argv=None):
-    args = parse(argv)
-    try:
-        checkpoint = weights.read(args.init) if args.init is not None else None
-        for unneeded in ("optimizer", "scaler") if checkpoint else ():
-            checkpoint.pop(unneeded, None)
-        config = resolve(args, checkpoint)
-    except ValueError as error:
-        fail(error)
+    # configuration: how to train (a protocol, and the user's changes), and how to run it
+    cfg, args, checkpoint = protocols.finetuning(argv, __doc__)
     if args.print_config:
-        say(json.dumps(config, indent=2))
+        print(json.dumps(cfg, indent=2))
+        return
+    task = TASKS[args.task]
+    frozen = args.freeze or cfg.protocol == "linear"
+    trains = not args.eval and cfg.protocol != "knn"
+
+    # processes
+    rank, world, device = runtime.setup(args.deterministic)
+    cuda = device.type == "cuda"
+    master_process = rank == 0                          # this process prints and saves
+
+    # data: a step sees batch_size images, in `accumulate` micro-batches on each of `world` processes
+    with runtime.local_first():                         # which may have to download, or to list an archive
+        held_out, classes = open_labelled(cfg, "test" if args.eval else "val", args.task)
+        source, learned = held_out, classes
+        if not args.eval:
+            source, learned = open_labelled(cfg, "train", args.task)
+    if learned != classes:
+        name = min(set(classes) ^ set(learned))
+        where = "train" if name in learned else "val"
+        raise ValueError(f"the classes of {cfg.data} do not match: {name!r} is in {where} only")
+    if args.labels:
+        if args.labels > len(source):
+            raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
+        order = torch.randperm(len(source), generator=data.generator(args.seed, "labels"))
+        source = torch.utils.data.Subset(source, order[:args.labels].tolist())
+    usual = recipes.RECIPES[cfg.arch]["micro_batch"]
+    if "nano" in models.like(cfg.arch):
+        usual = 256
+    if trains:
+        micro_batch = recipes.micro_batch(cfg.batch_size, args.micro_batch, world, usual)
     else:
-        harness.launch(functools.partial(work, checkpoint=checkpoint), args, config)
+        micro_batch = args.micro_batch or min(usual, cfg.batch_size)
+
+    # model: an encoder, from --init if given, and a head
+    torch.manual_seed(data.key(args.seed))
+    encoder = models.build(cfg.arch, cfg.img_size, channels=cfg.channels,
+                           drop_path=cfg.drop_path or 0.0).encoder
+    if isinstance(encoder, models.ViT) and cfg.test_crop != cfg.img_size:
+        raise ValueError(f"a ViT is tested at its own size: --test-crop {cfg.test_crop} differs from "
+                         f"--img-size {cfg.img_size}")
+    model = models.Predictor(encoder, task.outputs or len(classes), task.pool)
+    init_report = "no --init: from scratch"
+    if checkpoint is not None:
+        report = weights.load(model, checkpoint, args.init, head=args.eval)
+        init_report = f"{args.init} is {weights.describe(report)}"
+        missing = [name for name in report["missing"] if name.startswith("head.")]
+        if args.eval and (missing or checkpoint.get("classes") not in (None, classes)):
+            raise ValueError(f"{args.init} has no {args.task} head for {cfg.data}: "
+                             "its classes are others, or it was not fine-tuned")
+    if frozen:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("head.")
+    model = runtime.place(model, device, world)
+    autocast, scaler = runtime.precision(args.amp, device)
+
+    # the folder of the run
+    out = args.out or os.path.join("runs", run_name(args, cfg))
+    identity = dict(cfg, task=args.task, eval=args.eval, init=args.init, freeze=args.freeze,
+                    labels=args.labels, seed=args.seed, images=len(source))
+    if args.init and os.path.realpath(os.path.dirname(args.init)) == os.path.realpath(out):
+        raise ValueError(f"{out} is where --init lies: choose another --out")
+    if master_process:
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{cfg.arch}, {millions:.1f} M parameters, on {device} × {world}; {cfg.data}: {len(source):,} "
+              f"images for {args.task}, {len(held_out):,} to test\n{init_report}", flush=True)
+
+    workers = runtime.workers(args.workers)
+    test_loader = torch.utils.data.DataLoader(
+        TestViews(held_out, cfg), batch_sampler=test_batches(len(held_out), micro_batch, rank, world),
+        num_workers=workers, pin_memory=cuda, worker_init_fn=data.ignore_signals)
+
+    # evaluation and nearest neighbours train nothing
+    if not trains:
+        if cfg.protocol == "knn":
+            identity.update(k=args.k, temperature=args.temperature)
+        check_result(out, identity)
+        if args.eval:
+            metrics = evaluate(model, test_loader, task, cfg, device, autocast, args.max_bad)
+        else:
+            bank_loader = torch.utils.data.DataLoader(
+                TestViews(source, cfg), batch_sampler=test_batches(len(source), micro_batch, rank, world),
+                num_workers=workers, pin_memory=cuda, worker_init_fn=data.ignore_signals)
+            bank = features(model, bank_loader, cfg, device, autocast, args.max_bad)
+            queries = features(model, test_loader, cfg, device, autocast, args.max_bad)
+            metrics = knn(*bank, *queries, args.k, args.temperature, len(classes))
+        if master_process:
+            write_result(out, identity, metrics)
+        return
+
+    # optimizer, moving average
+    accumulate = cfg.batch_size // (micro_batch * world)
+    steps_per_epoch = len(source) // cfg.batch_size
+    total = cfg.epochs * steps_per_epoch
+    stop = min(args.steps or total, total)
+    optimizer = optim.make_optimizer(model, cfg)
+    ema = optim.EMA(model, cfg.ema, 20 * steps_per_epoch) if cfg.ema else None
+    tested_model = ema.module if ema else model
+
+    # resume: as in train.py, all randomness is keyed, here also that of mixup and cutmix
+    start = 0
+    counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0, unreadable_in_epoch=0)
+    tested = 0                                          # the step of the last test
+    best = None
+    checkpoint = runtime.load(out, identity)
+    if checkpoint is not None:
+        start = checkpoint["step"]
+        counts = checkpoint["counts"]
+        tested = checkpoint["tested"]
+        best = checkpoint["best"]
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema:
+            tested_model.load_state_dict(checkpoint["ema"])
+        if scaler.is_enabled() and checkpoint["scaler"]:        # --amp may change
+            scaler.load_state_dict(checkpoint["scaler"])
+    del checkpoint                                      # its memory
+    if start > stop:
+        raise ValueError(f"{out} is at step {start} already: more --steps, or another --out")
+
+    # what is read in a step
+    batches = data.Batches(len(source), cfg.batch_size, micro_batch, start, stop, args.seed, rank, world,
+                           cfg.repeated_augmentation or 1)
+    loader = iter(torch.utils.data.DataLoader(
+        TrainViews(source, cfg, args.seed), batch_sampler=batches, num_workers=workers, pin_memory=cuda,
+        worker_init_fn=data.ignore_signals))
+
+    # compiled, and wrapped so that processes average their gradients; `model` keeps its plain names
+    replica = torch.compile(model) if args.compile else model
+    if world > 1:
+        replica = DDP(replica, device_ids=[device.index] if cuda else None)
+    if master_process:
+        print(f"batch {cfg.batch_size} = {world} process(es) × {micro_batch} images × {accumulate} "
+              f"accumulated; {total} steps in {cfg.epochs} epochs; lr {cfg.lr:.3g}")
+        print(f"{out}: " + (f"going on after step {start}" if start else "a new run"), flush=True)
+        os.makedirs(out, exist_ok=True)
+        log = runtime.open_log(out, start)
+
+    # training loop
+    bar = tqdm(total=total, initial=start, unit="step", disable=not (master_process and sys.stderr.isatty()))
+    stop_request = runtime.StopRequest()
+    stopping = False
+    saving = False
+    bad_images = False
+    next_save = time.time() + 60 * args.save_minutes
+    skipped = torch.tensor([counts["skipped"], counts["skipped_in_a_row"]], device=device)
+    unreadable = counts["unreadable"] if master_process else 0              # each process counts its own
+    unreadable_in_epoch = counts["unreadable_in_epoch"] if master_process else 0
+    slow = False                                        # whether a step takes more than a second
+    t0 = time.time()
+    step0 = start
+    for step in range(start, stop + 1):
+        # test after whole epochs and at the end; whoever is asked to stop has no time for it
+        test_now = step == stop or (step > 0 and step % (steps_per_epoch * args.eval_every) == 0)
+        if test_now and (step == stop or (step != tested and not stopping)):
+            metrics = evaluate(tested_model, test_loader, task, cfg, device, autocast, args.max_bad)
+            epoch = (step - 1) // steps_per_epoch + 1
+            better = best is None or task.sign * metrics[task.metric] > task.sign * best[task.metric]
+            if step % steps_per_epoch == 0 and better:
+                best = dict(metrics, epoch=epoch)
+                if master_process:
+                    state = dict(config=identity, classes=classes, step=step, metrics=metrics,
+                                 model=tested_model.state_dict())
+                    runtime.save(os.path.join(out, "best.pt"), state)
+            if master_process and step != tested:
+                print(json.dumps(dict(step=step, epoch=epoch, **metrics)), file=log, flush=True)
+                tqdm.write(f"epoch {epoch}: {describe(metrics)}", file=sys.stdout)
+            tested = step
+            t0 = time.time()
+            step0 = step
+
+        # save, and leave if asked to
+        if saving or (step == stop and step > start):
+            if master_process:
+                state = dict(config=identity, classes=classes, step=step, counts=counts, tested=tested,
+                             best=best, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                             scaler=scaler.state_dict())
+                if ema:
+                    state["ema"] = ema.module.state_dict()
+                runtime.save(os.path.join(out, "last.pt"), state, os.path.join(out, "previous.pt"))
+                next_save = time.time() + 60 * args.save_minutes
+            t0 = time.time()
+            step0 = step
+            saving = False
+        if bad_images:
+            raise ValueError(f"{counts['unreadable_in_epoch']} images of this epoch could not be read, more than "
+                             f"--max-bad {args.max_bad:g}: repair them, or allow more; then the same command "
+                             "goes on")
+        if step == stop:
+            break
+        if stopping:
+            if world > 1:
+                dist.barrier()                          # torchrun ends all processes when the first has left
+            if master_process:
+                bar.close()
+                print(f"stopped after step {step} of {total}; the same command goes on from there", flush=True)
+            sys.exit(runtime.STOPPED)
+
+        # forward and backward, micro-batch by micro-batch
+        model.train()
+        if frozen:
+            model.encoder.eval()
+        torch.manual_seed(data.key(args.seed, step, rank))                  # of drop path, mixup and cutmix
+        lr_factor = optim.learning_rate(cfg, step, steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        if step % steps_per_epoch == 0:
+            unreadable_in_epoch = 0
+        loss = torch.zeros(1, device=device)
+        statistics = optim.statistics(model)            # of batch norms, put back if the step is skipped
+        for micro_step in range(accumulate):
+            image, target, replaced = next(loader)
+            image = image.to(device, non_blocking=True)
+            target = target.to(device, non_blocking=True)
+            image = data.normalize(image, cfg.mean, cfg.std)                # bytes until here
+            if args.task == "class":
+                image, target = mix(image, target, cfg, len(classes))
+            if world > 1:                               # gradients travel once, with the last micro-batch
+                replica.require_backward_grad_sync = micro_step == accumulate - 1
+            with autocast:
+                output = replica(image)
+            micro_loss = task.loss(output.float(), target, cfg) / accumulate
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+            unreadable += int(replaced.sum())
+            unreadable_in_epoch += int(replaced.sum())
+        if world > 1:
+            dist.all_reduce(loss)
+            loss /= world
+
+        # clip and step, unless the loss or the gradient is not finite: then the step is skipped, and counted
+        skip = optim.update(model, optimizer, scaler, cfg.clip, loss[0], statistics)
+        if ema:
+            ema.update(model, step)
+        skipped[0] += skip.int()
+        skipped[1] = (skipped[1] + 1) * skip.int()
+        done = step + 1
+        bar.update()
+
+        # look at what came of it: Python waits for the device here, and nowhere else. One process sees at once
+        # that it is to stop or to save; several have to ask each other.
+        asked = stop_request.asked or stop_request.torchrun not in (None, os.getppid())
+        due = master_process and time.time() > next_save
+        log_now = done % args.log_every == 0 or done in (start + 1, stop)
+        end_of_epochs = done % ((args.save_epochs or total) * steps_per_epoch) == 0
+        end_of_epoch = done % steps_per_epoch == 0      # whoever is asked to stop does not test
+        if not (log_now or end_of_epoch or slow or (world == 1 and (asked or due))):
+            continue
+        seconds = (time.time() - t0) / (done - step0)   # a step
+        sums = torch.tensor([asked, due, unreadable, unreadable_in_epoch, seconds],
+                            dtype=torch.float64, device=device)
+        if world > 1:
+            dist.all_reduce(sums)
+        asked, due, all_unreadable, all_in_epoch, seconds = sums.tolist()
+        counts = dict(unreadable=int(all_unreadable), unreadable_in_epoch=int(all_in_epoch))
+        counts["skipped"], counts["skipped_in_a_row"] = skipped.tolist()
+        stopping = asked > 0
+        slow = seconds / world > 1
+        if counts["skipped_in_a_row"] >= 20:
+            raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller --lr, or "
+                             f"--amp off; the last checkpoint, {out}/last.pt, is from before")
+        bad_images = counts["unreadable_in_epoch"] > args.max_bad * steps_per_epoch * cfg.batch_size
+        saving = stopping or due > 0 or end_of_epochs or bad_images
+
+        # log
+        if log_now:
+            entry = dict(step=done, epoch=step // steps_per_epoch + 1, loss=loss.item(), lr=cfg.lr * lr_factor,
+                         skipped=counts["skipped"], unreadable=counts["unreadable"],
+                         images_per_second=world * cfg.batch_size / seconds)
+            if not math.isfinite(entry["loss"]):
+                entry["loss"] = None                    # JSON knows no NaN
+            t0 = time.time()
+            step0 = done
+            if master_process:
+                print(json.dumps(entry), file=log, flush=True)
+                line = f"loss {loss.item():.4f}, {entry['images_per_second']:.0f} images/s"
+                bar.set_postfix_str(line)
+                if bar.disable:
+                    print(f"step {done}/{total}, epoch {entry['epoch']}, {line}", flush=True)
+
+    bar.close()
+    stop_request.restore()
+    if master_process:
+        write_result(out, identity, metrics, epoch=epoch, step=stop, steps=total, best=best)
+
+
+# ---- images
+
+def open_labelled(cfg, split, task):
+    """(source of images that have a label, names of the classes). Raises ValueError."""
+    if task != "class":
+        world = shapes.Shapes(cfg.img_size, split, target=task)
+        return data.Channels(world, cfg.channels), None
+    source = data.open_source(cfg.data, split, cfg.img_size, cfg.channels)
+    if getattr(source, "empty", None):
+        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it")
+    labelled = (source.labels >= 0).nonzero()[0]
+    if not len(labelled):
+        raise ValueError(f"the images of {cfg.data} have no labels: put those of each class in a folder "
+                         "of its own")
+    if len(source.classes) < 2:
+        raise ValueError(f"{cfg.data} has one class only, {source.classes[0]}: nothing to tell apart")
+    return torch.utils.data.Subset(source, labelled), list(source.classes)
+
+
+class TrainViews(torch.utils.data.Dataset):
+    """(epoch, position, index) -> (augmented image uint8 (C, S, S), target, whether it is a replacement)."""
+
+    def __init__(self, source, cfg, seed):
+        self.source = source
+        self.cfg = cfg
+        self.seed = seed
+
+    def __getitem__(self, item):
+        epoch, position, index = item
+        cfg = self.cfg
+        (image, target), replaced = data.readable(self.source, index, self.seed, epoch, position)
+        generator = data.generator(self.seed, epoch, position)
+        if cfg["crop_scale"] is not None:
+            image = data.random_resized_crop(image, cfg["img_size"], cfg["crop_scale"], generator,
+                                             interpolation=data.BICUBIC)
+        if cfg["randaugment"] is not None or cfg["random_erasing"]:
+            image = augment(image, generator, cfg)
+        return image, target, replaced
+
+
+class TestViews(torch.utils.data.Dataset):
+    """index -> (image uint8 (C, S, S), target, False); of an unreadable one (black, −1, True)."""
+
+    def __init__(self, source, cfg):
+        self.source = source
+        self.cfg = cfg
+
+    def __getitem__(self, index):
+        unreadable = False
+        try:
+            image, target = self.source[index]
+        except data.BadImage as error:
+            print(f"warning: {error}; it is not counted", file=sys.stderr)
+            image, target = torch.zeros(self.cfg["channels"], 8, 8, dtype=torch.uint8), -1
+            unreadable = True
+        image = data.evaluation_crop(image, self.cfg["test_resize"], self.cfg["test_crop"])
+        return image, target, unreadable
+
+
+def augment(image, generator, cfg):
+    """RandAugment and random erasing of a uint8 image (C, H, W), as in timm, by torchvision's operations.
+
+    RandAugment (arXiv 1909.13719): two operations, each done half the time, at m + N(0, 0.5) with m in
+    0..10. Random erasing (arXiv 1708.04896): a box is filled with N(0, 1) in normalised space.
+    """
+    mean = cfg["mean"]
+    shared = torch.default_generator                    # these transforms take no other
+    before = shared.get_state()
+    shared.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
+    if cfg["randaugment"] is not None:
+        fill = [round(255 * m) for m in mean]
+        for _ in range(2):
+            magnitude = (cfg["randaugment"] + 0.5 * torch.randn(())).clamp(0, 10)
+            if torch.rand(()) < 0.5:                    # magnitudes 0..10 are levels 0..30
+                operation = v2.RandAugment(1, round(3 * float(magnitude)), 31, data.BILINEAR, fill)
+                image = operation(image)
+    if cfg["random_erasing"] and torch.rand(()) < cfg["random_erasing"]:
+        erase = v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")
+        erased = erase(data.normalize(image[None], mean, cfg["std"])[0])
+        image = data.denormalize(erased[None], mean, cfg["std"])[0]
+    shared.set_state(before)
+    return image
+
+
+def mix(image, label, cfg, classes):
+    """Mixup or cutmix of a batch, one λ for all (arXiv 1710.09412, 1905.04899): image, targets (B, K)."""
+    transforms = []
+    if cfg["mixup"]:
+        transforms.append(v2.MixUp(alpha=cfg["mixup"], num_classes=classes))
+    if cfg["cutmix"]:
+        transforms.append(v2.CutMix(alpha=cfg["cutmix"], num_classes=classes))
+    if not transforms:
+        return image, F.one_hot(label, classes).float()
+    return transforms[int(torch.rand(()) * len(transforms))](image, label)
+
+
+# ---- tests
+
+def test_batches(images, batch, rank, world):
+    """This process's share of the indices, in batches: each image on one process only, none twice."""
+    share = list(range(rank, images, world))
+    return [share[i:i + batch] for i in range(0, len(share), batch)]
+
+
+def reduce_sum(value):
+    """The sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def check_unreadable(unreadable, images, max_bad):
+    if unreadable > max_bad * images:
+        raise ValueError(f"{unreadable} of {images:,} images could not be read, more than --max-bad "
+                         f"{max_bad:g}: repair or remove them, or allow more")
+
+
+@torch.no_grad()
+def evaluate(model, loader, task, cfg, device, autocast, max_bad):
+    """A task's metrics, and `n`, over every image of the loaders of all processes. Raises ValueError."""
+    model.eval()
+    if dist.is_initialized():                           # each process has batch statistics of its own
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    counts = torch.zeros(3, dtype=torch.float64, device=device)             # images, unreadable, not finite
+    show = sys.stderr.isatty() and (not dist.is_initialized() or dist.get_rank() == 0)
+    for image, target, unreadable in tqdm(loader, "test", leave=False, disable=not show):
+        image = data.normalize(image.to(device, non_blocking=True), cfg.mean, cfg.std)
+        target = target.to(device, non_blocking=True)
+        with autocast:
+            output = model(image).float()
+        batch = task.sums(output, target, image.shape[-1])
+        sums[:len(batch)] += batch
+        counts[0] += len(image)
+        counts[1] += unreadable.sum().item()
+        counts[2] += ~output.isfinite().all()
+    images, unreadable, broken = reduce_sum(counts).tolist()
+    if broken:
+        raise ValueError("the model's outputs are not finite: its training has diverged (try a smaller --lr), "
+                         "or --init is broken")
+    check_unreadable(int(unreadable), int(images), max_bad)
+    n = int(images - unreadable)
+    return task.metrics(reduce_sum(sums).tolist(), max(n, 1)) | dict(n=n)
+
+
+@torch.no_grad()
+def features(model, loader, cfg, device, autocast, max_bad):
+    """(features (N, C) of unit length, labels (N,)) of all readable images, on every process."""
+    model.eval()
+    parts = []
+    labels = []
+    for image, label, unreadable in tqdm(loader, "features", disable=not sys.stderr.isatty()):
+        image = data.normalize(image.to(device), cfg.mean, cfg.std)
+        with autocast:
+            parts.append(F.normalize(model.features(image).float(), dim=1))
+        labels.append(label.to(device))
+    images = len(loader.dataset.source)
+    everything = torch.zeros(images, model.encoder.widths[-1], device=device)
+    all_labels = torch.zeros(images, dtype=torch.int64, device=device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if parts:
+        everything[rank::world] = torch.cat(parts)
+        all_labels[rank::world] = torch.cat(labels)
+    everything = reduce_sum(everything)
+    all_labels = reduce_sum(all_labels)
+    readable = all_labels >= 0
+    check_unreadable(int((~readable).sum()), images, max_bad)
+    return everything[readable], all_labels[readable]
+
+
+def votes(bank, labels, queries, k, temperature, classes):
+    """(B, K) votes: each of the k most similar of the bank votes exp(cosine / T) for its class.
+
+    bank: (N, C), queries: (B, C), of unit length (Wu et al., arXiv 1805.01978). Up to a common factor.
+    """
+    similarity, nearest = (queries @ bank.T).topk(k)
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
+    result = torch.zeros(len(queries), classes, device=queries.device)
+    return result.scatter_add_(1, labels[nearest], weight)
+
+
+def knn(bank, labels, queries, wanted, k, temperature, classes):
+    """Classification's metrics of nearest neighbours. Raises ValueError."""
+    if k > len(bank):
+        raise ValueError(f"--k {k} is more than the {len(bank)} training images")
+    scores = [votes(bank, labels, part, k, temperature, classes) for part in queries.split(256)]
+    sums = Classification.sums(torch.cat(scores), wanted, None).tolist()
+    return Classification.metrics(sums, max(len(wanted), 1)) | dict(n=len(wanted))
+
+
+# ---- results
+
+def run_name(args, cfg):
+    """Name of a run's folder: from what, by which protocol, for which task, on which images."""
+    if args.init is not None:
+        folder, file = os.path.split(os.path.abspath(args.init))
+        start = os.path.splitext(file)[0]
+        if file in ("last.pt", "best.pt"):
+            start = os.path.basename(folder) + ("-best" if file == "best.pt" else "")
+    else:
+        start = cfg.arch + ("" if cfg.protocol.startswith("scratch") else "-random")
+    parts = [start, "eval" if args.eval else cfg.protocol]
+    if args.freeze:
+        parts.append("frozen")
+    if args.task != "class":
+        parts.append(args.task)
+    parts.append(os.path.basename(os.path.normpath(cfg.data)).removesuffix(".tar"))
+    if args.labels:
+        parts.append(f"{args.labels}labels")
+    if cfg.protocol == "knn" and args.k != 20:
+        parts.append(f"k{args.k}")
+    if args.seed:
+        parts.append(f"seed{args.seed}")
+    return "-".join(parts)
+
+
+def check_result(out, identity):
+    """Raises ValueError if a folder holds a run, or the result of something else."""
+    path = os.path.join(out, "result.json")
+    if os.path.exists(os.path.join(out, "last.pt")):
+        raise ValueError(f"{out} holds a run: choose another --out")
+    if os.path.exists(path):
+        with open(path) as file:
+            if json.load(file)["config"] != identity:
+                raise ValueError(f"{path} is the result of something else: choose another --out")
+
+
+def write_result(out, identity, metrics, **more):
+    """result.json, and a line."""
+    result = metrics | more
+    result |= {key: identity[key] for key in ("task", "protocol", "arch", "init")}
+    result["config"] = identity
+    path = os.path.join(out, "result.json")
+    os.makedirs(out, exist_ok=True)
+    with open(path, "w") as file:
+        json.dump(result, file, indent=2)
+    print(f"result: {describe(metrics)} ({metrics['n']:,} images). {path}", flush=True)
+
+
+def describe(metrics):
+    """Metrics for people: top1 56.20, top5 93.10."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if name != "n")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

@@ -1,7 +1,7 @@
-"""Which parts of an image are hidden, and what stands in their place (A²MIM, arXiv 2205.13943).
+"""Which blocks of an image are hidden, and what stands in their place (A²MIM, arXiv 2205.13943).
 
-A mask is a tensor (B, h, w) with 1 = masked, at the resolution of its blocks. Whoever needs it finer or coarser
-calls `resize`. A new way of masking is one function and one row of MASKS, a new fill one of FILLS.
+A mask is a tensor (B, h, w), 1 = masked, at the resolution of its blocks; `resize` brings it to
+any other. A new way of masking is a function and a row of MASKS, a new fill a row of FILLS.
 """
 import math
 
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 def random_mask(batch, grid, ratio, generator=None):
     """M: per image, ceil(ratio · grid²) of the grid² blocks, drawn uniformly without replacement.
 
-    batch: B. grid: blocks a side, n. ratio: share of masked blocks, in (0, 1); the papers' is 0.6.
-    generator: one torch.Generator (or None, PyTorch's own) for the batch, or a list of B, one an image.
+    batch: B. grid: blocks a side. ratio: share of masked blocks, in (0, 1); the papers' is 0.6.
+    generator: one torch.Generator (None: PyTorch's own) for all images, or a list of B of them.
     Returns (B, grid, grid) float32, 1 = masked. Raises ValueError.
     Source: SimMIM, arXiv 2111.09886 (random masking of large patches).
     """
@@ -22,44 +22,48 @@ def random_mask(batch, grid, ratio, generator=None):
     if grid < 1:
         raise ValueError(f"the mask needs at least one block a side, not {grid}")
     n = grid * grid
-    masked = math.ceil(round(ratio * n, 6))             # rounded first: 0.7 · 10 is 7.000000000000001
+    masked = math.ceil(round(ratio * n, 6))         # rounded, since 0.07 · 100 is 7.000000000000001
     if isinstance(generator, (list, tuple)):
-        if len(generator) != batch:
-            raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one, or one an image")
-        score = torch.stack([torch.rand(n, generator=g) for g in generator])
+        score = torch.empty(batch, n)
+        for i in range(batch):
+            score[i] = torch.rand(n, generator=generator[i])
     else:
         score = torch.rand(batch, n, generator=generator)
-    chosen = score.argsort(dim=1)[:, :masked]           # (B, k): the k blocks with the lowest scores
+    chosen = score.argsort(dim=1)[:, :masked]       # (B, masked): the blocks of the lowest scores
     return torch.zeros(batch, n).scatter_(1, chosen, 1).view(batch, grid, grid)
 
 
-MASKS = {"random": random_mask}                         # (batch, grid, ratio, generators) -> (B, grid, grid)
+# (B, blocks a side, ratio, generator or list of generators) -> mask (B, blocks, blocks)
+MASKS = {"random": random_mask}
 
 
 def resize(mask, size):
-    """The mask (B, h, w) at another resolution, blocks repeated: (B, 1, *size), float32.
+    """The mask (B, h, w) at another resolution, blocks repeated: (B, 1, H, W), float32.
 
-    size: (height, width), a multiple or a divisor of the mask's own. Raises ValueError if it is neither.
+    size: (H, W), a multiple or a divisor of the mask's own. Raises ValueError if it is neither.
     """
-    if any(a % b and b % a for a, b in zip(size, mask.shape[-2:])):
-        raise ValueError(f"a mask of {tuple(mask.shape[-2:])} blocks does not divide a map of {tuple(size)}")
-    return F.interpolate(mask[:, None].float(), size=tuple(size), mode="nearest-exact")
+    h, w = mask.shape[-2:]
+    H, W = size
+    if (H % h and h % H) or (W % w and w % W):
+        raise ValueError(f"a mask of {(h, w)} blocks does not divide a map of {(H, W)}")
+    return F.interpolate(mask[:, None].float(), size=(H, W), mode="nearest-exact")
 
 
 # What stands at masked pixels: image (B, C, H, W), normalised -> anything that broadcasts to it.
 FILLS = {
-    "mean": lambda image: image.mean((2, 3), keepdim=True),     # A²MIM: the image's own mean colour, its DC component
-    "zero": lambda image: torch.zeros_like(image),              # the data set's mean colour
-    "none": lambda image: image,                                # SimMIM: the mask token does all the hiding
+    "mean": lambda image: image.mean((2, 3), keepdim=True),     # A²MIM: the image's mean colour
+    "zero": lambda image: torch.zeros_like(image),              # the mean colour of the data set
+    "none": lambda image: image,                                # SimMIM: only the token hides
 }
 
 
 def fill(image, mask, how="mean"):
-    """x_in = x where M = 0, else the fill. A²MIM: the mean over *all* pixels, per image and channel.
+    """x_in = x where M = 0, else the fill. A²MIM: the mean over *all* pixels of the image.
 
     image: (B, C, H, W), normalised. mask: (B, h, w), 1 = masked. how: a row of FILLS.
     Returns (B, C, H, W) of the image's dtype. Raises ValueError.
     """
     if how not in FILLS:
         raise ValueError(f"unknown fill {how!r}: choose from {', '.join(FILLS)}")
-    return torch.where(resize(mask, image.shape[-2:]) > 0, FILLS[how](image), image)
+    masked = resize(mask, image.shape[-2:]) > 0                 # (B, 1, H, W)
+    return torch.where(masked, FILLS[how](image), image)

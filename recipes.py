@@ -1,38 +1,53 @@
-"""The published recipes of A²MIM and its official code, as tables: pre-training, then fine-tuning. lr is the one at the recipe's
-own batch_size. What train.py and finetune.py make of them, --print-config shows.
+"""The published recipes of A²MIM and its official code, the options of train.py, and what they come to.
+
+lr is the one at the recipe's own batch_size. `--print-config` shows what a command line comes to.
 """
+import argparse
+from typing import Any, NamedTuple
+
+import data
+import losses
+import masking
 import model as models
+import runtime
+import weights
 
-# ------------------------------------------------------------------------------------------------ pre-training
+# ---- recipes: one row an architecture
 
-VIT = dict(epochs=800, img_size=224, batch_size=2048, micro_batch=256, lr=dict(a2mim=4e-4, simmim=4e-4), min_lr=None,
-           schedule="step", lr_step_epoch=700, warmup_epochs=10, weight_decay=0.05, clip=5.0, drop_path=0.1,
-           crop_scale=(0.67, 1.0), mask="random", mask_size=32, mask_ratio=0.6, fill="mean", token="add", spatial_loss="l1",
-           frequency_loss="focal", frequency_weight=0.1, frequency_standin="mixed", frequency_visible=0.0,
-           token_lr_scale=1.0)
+VIT = dict(
+    epochs=800, img_size=224, batch_size=2048, micro_batch=256, lr=dict(a2mim=4e-4, simmim=4e-4),
+    min_lr=None, schedule="step", lr_step_epoch=700, warmup_epochs=10, weight_decay=0.05, clip=5.0,
+    drop_path=0.1, crop_scale=(0.67, 1.0), mask="random", mask_size=32, mask_ratio=0.6, fill="mean",
+    token="add", spatial_loss="l1", frequency_loss="focal", frequency_weight=0.1,
+    frequency_standin="mixed", frequency_visible=0.0, token_lr_scale=1.0)
 COSINE = dict(schedule="cosine", lr_step_epoch=None, min_lr=1e-5)
 DEIT = VIT | COSINE | dict(img_size=192, lr=dict(a2mim=8e-4, simmim=4e-4))
-RESNET = VIT | COSINE | dict(epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None,
-                             crop_scale=(0.8, 1.0), spatial_loss="focal_l1", frequency_weight=0.5,
-                             frequency_visible=1e-3, token_lr_scale=0.1)
-NANO = COSINE | dict(epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3), warmup_epochs=1,
-                     mask_size=None)
+RESNET = VIT | COSINE | dict(
+    epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None, crop_scale=(0.8, 1.0),
+    spatial_loss="focal_l1", frequency_weight=0.5, frequency_visible=1e-3, token_lr_scale=0.1)
+NANO = COSINE | dict(                                   # ours; mask_size None: 4 blocks a side
+    epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3),
+    warmup_epochs=1, mask_size=None)
 
 RECIPES = {
-    "vit_s": VIT, "vit_b": VIT | dict(micro_batch=128), "vit_l": VIT | dict(micro_batch=128),
-    "deit_t": DEIT, "deit_s": DEIT,
+    "vit_s": VIT,
+    "vit_b": VIT | dict(micro_batch=128),
+    "vit_l": VIT | dict(micro_batch=128),
+    "deit_t": DEIT,
+    "deit_s": DEIT,
     "vit_nano": VIT | NANO | dict(drop_path=0.0),
-    "resnet18": RESNET, "resnet34": RESNET, "resnet50": RESNET,
+    "resnet18": RESNET,
+    "resnet34": RESNET,
+    "resnet50": RESNET,
     "resnet101": RESNET | dict(frequency_loss="focal_l1", frequency_weight=0.1),
-    "resnet152": RESNET | dict(frequency_loss=None), "resnet200": RESNET | dict(frequency_loss=None),
+    "resnet152": RESNET | dict(frequency_loss=None),
+    "resnet200": RESNET | dict(frequency_loss=None),
     "resnet_nano": RESNET | NANO | dict(img_size=32),
 }
-for arch in models.PRESETS:
-    if models.like(arch) not in RECIPES:
-        raise SystemExit(f"model.PRESETS[{arch!r}] needs like=…, the preset whose recipes it uses, or a row of recipes.RECIPES")
 RECIPES |= {arch: RECIPES[models.like(arch)] for arch in models.PRESETS}
-IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT} | dict.fromkeys(
-    ("resnet18", "resnet34", "resnet50"), RESNET | dict(epochs=800, img_size=192))
+IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT}
+for arch in ("resnet18", "resnet34", "resnet50"):
+    IMAGENET100[arch] = RESNET | dict(epochs=800, img_size=192)
 
 METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
     "a2mim": {},
@@ -40,46 +55,209 @@ METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
                    crop_scale=(0.67, 1.0), token_lr_scale=1.0),
 }
 
-# ------------------------------------------------------------------------------------------------ fine-tuning
+# ---- options
 
-KEYS = """arch protocol data channels mean std img_size test_resize test_crop epochs batch_size optimizer lr min_lr schedule lr_step_epochs
-warmup_epochs weight_decay layer_decay clip drop_path loss label_smoothing mixup cutmix randaugment random_erasing
-repeated_augmentation ema crop_scale""".split()
-SIZES = {"img_size", "test_resize", "test_crop"}
-TRAINING = [key for key in KEYS[KEYS.index("epochs"):] if key != "batch_size"]
-UNCUT = "test_resize test_crop loss label_smoothing mixup cutmix randaugment random_erasing crop_scale".split()
-BASE = dict.fromkeys(KEYS[6:]) | dict(img_size=224, test_resize=256, test_crop=224, batch_size=256)
-TUNE = BASE | dict(epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine", warmup_epochs=20,
-                   weight_decay=0.05, loss="ce", label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, random_erasing=0.25,
-                   crop_scale=(0.08, 1.0))
-SIMMIM = TUNE | dict(lr=1e-2, layer_decay=0.65, clip=5.0, drop_path=0.1)
-RSB = TUNE | dict(batch_size=2048, optimizer="lamb", lr=8e-3, warmup_epochs=5, weight_decay=0.02, loss="bce", label_smoothing=None,
-                  mixup=0.1, randaugment=6, random_erasing=None, test_resize=236)
-RSB_A3 = RSB | dict(img_size=160)
-RSB_A2 = RSB | dict(epochs=300, lr=5e-3, randaugment=7, repeated_augmentation=3, drop_path=0.05)
-LINEAR = BASE | dict(optimizer="sgd", weight_decay=0.0, warmup_epochs=0, loss="ce", crop_scale=(0.08, 1.0))
-SCRATCH_DEIT = SIMMIM | dict(epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None, repeated_augmentation=3)
-SMALL = BASE | dict(epochs=20, batch_size=64, optimizer="adamw", lr=2e-3, min_lr=1e-6, schedule="cosine", warmup_epochs=2,
-                    weight_decay=0.05, layer_decay=0.8, clip=5.0, loss="ce", label_smoothing=0.1, crop_scale=(0.5, 1.0))
+class Option(NamedTuple):
+    kind: Any                   # int, float, str, bool (a flag), or one of the three below
+    help: str
+    low: float = 0              # smallest and largest number
+    high: float = 1e9
+    choices: tuple = ()
+    several: Any = None         # how many values: argparse's nargs
+    default: Any = None         # of how to run; the configuration's are the recipe's
 
-PROTOCOLS = {  # (for a ViT, for a ResNet); None where there is none
-    "simmim": (SIMMIM, None),
-    "rsb_a3": (None, RSB_A3),
-    "rsb_a2": (None, RSB_A2),
-    "linear": (LINEAR | dict(epochs=90, batch_size=1024, lr=12.0, min_lr=0.0, schedule="cosine"),
-               LINEAR | dict(epochs=100, lr=30.0, schedule="step", lr_step_epochs=(60, 80))),
-    "knn": (BASE, BASE),
-    "small": (SMALL, SMALL),
-    "scratch-deit": (SCRATCH_DEIT, None),                                           # DeiT's own, arXiv 2012.12877
-    "scratch-rsb_a3": (None, RSB_A3),
-    "scratch-rsb_a2": (None, RSB_A2),
-    "scratch-small": (SMALL | dict(layer_decay=None),) * 2,
+
+def number_or_none(text):
+    return None if text == "none" else float(text)
+
+
+def integer_or_none(text):
+    return None if text == "none" else int(text)
+
+
+def name_or_none(text):
+    return None if text == "none" else text
+
+
+OPTIONS = {  # the configuration: what --print-config shows
+    "arch": Option(str, "architecture, and with it the recipe", choices=tuple(RECIPES)),
+    "method": Option(str, "published method, or baseline", choices=tuple(METHODS)),
+    "data": Option(str, "a folder of images, of class folders, or of train/ and val/ with class folders; "
+                   "a .tar of one; a folder of .tar shards; or " + ", ".join(data.SOURCES)),
+    "channels": Option(int, "of images; 1: grey (absent: as many as --mean has)", 1, 1000),
+    "mean": Option(float, "of each channel, pixels in 0..1; extras/stats.py measures it", 0, 1, several="+"),
+    "std": Option(float, "standard deviation of each channel", 1e-6, 1, several="+"),
+    "img_size": Option(int, "side of the square training crops, pixels", 1),
+    "epochs": Option(int, "passes over the training images", 1),
+    "batch_size": Option(int, "images to an optimizer step, of all processes together", 1),
+    "lr": Option(float, "peak learning rate (absent: the recipe's, linear in the batch size)"),
+    "min_lr": Option(number_or_none, "where a cosine schedule ends"),
+    "schedule": Option(str, "after a linear warm-up", choices=("step", "cosine")),
+    "lr_step_epoch": Option(integer_or_none, "of the step schedule: ×0.1"),
+    "warmup_epochs": Option(float, "of linear warm-up; half of the run at most"),
+    "weight_decay": Option(float, "biases, norms, positions, tokens and scales have none"),
+    "clip": Option(number_or_none, "largest norm of the gradient, or none"),
+    "drop_path": Option(number_or_none, "stochastic depth: 0 at the first block, rising to this", high=1),
+    "crop_scale": Option(float, "smallest and largest share of an image in a crop", 1e-6, 1, several=2),
+    "mask": Option(str, "which blocks are masked", choices=tuple(masking.MASKS)),
+    "mask_size": Option(int, "side of a mask block, pixels", 1),
+    "mask_ratio": Option(float, "share of masked blocks", 1e-6, 1 - 1e-6),
+    "mask_layer": Option(int, "the mask token goes in just before this layer, from 0"),
+    "fill": Option(str, "what masked pixels show", choices=tuple(masking.FILLS)),
+    "token": Option(str, "what the mask token does to features", choices=("add", "replace", "none")),
+    "spatial_loss": Option(str, "over masked pixels", choices=tuple(losses.ELEMENTWISE)),
+    "frequency_loss": Option(name_or_none, "over frequencies", choices=(*losses.FREQUENCY, None)),
+    "frequency_weight": Option(number_or_none, "λ"),
+    "frequency_standin": Option(name_or_none, "for visible pixels, before the DFT",
+                                choices=(*losses.STANDINS, None)),
+    "frequency_visible": Option(number_or_none, "u, the gradient's share at visible pixels", high=1),
+    "token_lr_scale": Option(float, "learning rate of mask token and γ, relative to all others"),
 }
-PROTOCOLS_IMAGENET100 = {"simmim": (SIMMIM | dict(lr=8e-3, warmup_epochs=5), TUNE | dict(batch_size=2048, lr=5e-3))}
-A2 = {"resnet50": dict(ema=0.9999), "resnet101": dict(drop_path=0.1), "resnet152": dict(drop_path=0.15), "resnet200": dict(drop_path=0.2)}
-FOR_ARCH = {  # what an architecture changes
-    "simmim": {"vit_s": dict(epochs=200), "vit_b": dict(ema=0.99996),
-               "vit_l": dict(epochs=150, ema=0.99996, repeated_augmentation=3)},
-    "rsb_a2": A2, "scratch-rsb_a2": A2,
+RUN = {  # how to run it
+    "recipe": Option(str, "which published recipe of --arch", choices=("imagenet", "imagenet100"),
+                     default="imagenet"),
+    "print_config": Option(bool, "print the configuration as JSON and exit"),
+    "init": Option(str, "checkpoint to start from, ours or another project's"),
+    "out": Option(str, "folder of the run (absent: one below runs/, named after it)"),
+    "seed": Option(int, "of weights, order, augmentation, drop path", -2 ** 63, 2 ** 63, default=0),
+    "steps": Option(int, "stop after so many optimizer steps; the schedule stays", 1),
+    "micro_batch": Option(int, "images that a process takes through the model at once; part of the recipe "
+                          "where the frequency loss averages spectra (absent: the recipe's)", 1),
+    "workers": Option(int, "loader processes of each process (absent: its cores, at most 8)"),
+    "amp": Option(str, "mixed precision; auto: bf16 or fp16 on a GPU, off on a CPU",
+                  choices=("auto", "bf16", "fp16", "off"), default="auto"),
+    "compile": Option(bool, "torch.compile the model: a minute at the start, for a GPU"),
+    "deterministic": Option(bool, "the same bits again on a GPU, too, at some cost in speed"),
+    "log_every": Option(int, "optimizer steps between two log entries", 1, default=10),
+    "save_minutes": Option(float, "between two checkpoints; there is also one at the end, and when the run "
+                           "is stopped: by Ctrl-C, SIGTERM or SIGUSR1, with exit code 75", default=10.0),
+    "save_epochs": Option(int, "a checkpoint after every so many epochs, too", 1),
+    "max_bad": Option(float, "stop when more than this share of an epoch's images is unreadable", high=1,
+                      default=0.01),
 }
 
+
+class Config(dict):
+    """A dictionary whose keys are attributes, too: cfg["lr"] is cfg.lr."""
+
+    def __init__(self, *args, **values):
+        super().__init__(*args, **values)
+        self.__dict__ = self
+
+
+def parse(argv, doc, options, run):
+    """(Config of the configuration's keys that were given, Config of how to run). Raises ValueError."""
+    parser = runtime.Parser(description=doc)
+    for title, table in (("configuration", options), ("run", run)):
+        group = parser.add_argument_group(title)
+        for name, option in table.items():
+            flag = "--" + name.replace("_", "-")
+            text = option.help.replace("%", "%%")
+            if option.kind is bool:
+                group.add_argument(flag, action="store_true", help=text)
+                continue
+            if option.choices:
+                text += ": " + ", ".join(choice or "none" for choice in option.choices)
+            if option.default is not None:
+                text += f" ({option.default})"
+            group.add_argument(flag, type=option.kind, nargs=option.several, choices=option.choices or None,
+                               metavar=name.upper(), help=text, default=argparse.SUPPRESS)
+    given = Config(vars(parser.parse_args(argv)))
+    for name, value in given.items():
+        option = (options | run)[name]
+        for number in value if option.several else [value]:
+            if isinstance(number, (int, float)) and not option.low <= number <= option.high:
+                raise ValueError(f"--{name.replace('_', '-')} {number}: "
+                                 f"give a number in {option.low:g}..{option.high:g}")
+    args = Config({name: given.pop(name, option.default) for name, option in run.items()})
+    return given, args
+
+
+# ---- what a command line comes to
+
+def colours(given, known):
+    """channels, mean and std: as given, else as the checkpoint knows, else 3 and ImageNet's."""
+    result = dict(channels=3, mean=data.MEAN, std=data.STD)
+    for values in (known, given):
+        result |= {key: values[key] for key in result if key in values}
+    if "mean" in given and "channels" not in given:
+        result["channels"] = len(result["mean"])
+    if not len(result["mean"]) == len(result["std"]) == result["channels"]:
+        raise ValueError(f"{result['channels']} channel(s) need --mean and --std of as many numbers: "
+                         "python extras/stats.py SRC measures them")
+    return result | dict(mean=list(result["mean"]), std=list(result["std"]))
+
+
+def start_from(args, given):
+    """(checkpoint of --init or None, what it says of its run, architecture). Raises ValueError."""
+    checkpoint = weights.read(args.init) if args.init is not None else None
+    known = weights.run_of(checkpoint or {})
+    if checkpoint and "arch" not in given and "arch" not in known:
+        raise ValueError(f"{args.init} does not say which architecture it holds: "
+                         f"give --arch, one of {', '.join(RECIPES)}")
+    arch = given.get("arch") or known.get("arch", "vit_nano")
+    if known.get("arch", arch) != arch:
+        raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
+    return checkpoint, known, arch
+
+
+def check(cfg):
+    """What train.py and finetune.py ask of a configuration. Raises ValueError."""
+    if cfg.crop_scale and cfg.crop_scale[0] > cfg.crop_scale[1]:
+        raise ValueError("--crop-scale: the smaller share first")
+    if cfg.schedule == "cosine" and cfg.min_lr is None:
+        raise ValueError("the cosine schedule needs --min-lr")
+    if cfg.schedule == "step" and not (cfg.get("lr_step_epoch") or cfg.get("lr_step_epochs")):
+        raise ValueError("the step schedule needs the epochs of its steps: "
+                         "--lr-step-epoch in pre-training, --lr-step-epochs in fine-tuning")
+
+
+def pretraining(argv, doc):
+    """(configuration, how to run it, checkpoint of --init or None) of train.py. Raises ValueError."""
+    given, args = parse(argv, doc, OPTIONS, RUN)
+    checkpoint, known, arch = start_from(args, given)
+    method = given.get("method", "a2mim")
+    table = RECIPES if args.recipe == "imagenet" else IMAGENET100
+    if arch not in table:
+        raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
+
+    # the recipe of the architecture, then the method's changes, then the user's
+    recipe = table[arch]
+    cfg = Config(recipe, arch=arch, method=method, data="shapes")
+    cfg |= dict(mask_layer=models.PRESETS[arch].get("mask_layer", 0)) | colours(given, known)
+    cfg |= METHODS[method] | given
+    if "lr" not in given:
+        cfg.lr = recipe["lr"][method] * cfg.batch_size / recipe["batch_size"]
+    if cfg.mask_size is None:
+        cfg.mask_size = max(1, cfg.img_size // 4)
+    if cfg.frequency_loss is None:
+        cfg |= dict(frequency_weight=None, frequency_standin=None, frequency_visible=None)
+    if cfg.drop_path is None and recipe["drop_path"] is not None:
+        cfg.drop_path = 0.0
+    cfg.crop_scale = list(cfg.crop_scale)               # as JSON has it
+
+    check(cfg)
+    if cfg.img_size % cfg.mask_size:
+        raise ValueError(f"img_size {cfg.img_size} is not a multiple of mask_size {cfg.mask_size}")
+    frequency = (cfg.frequency_weight, cfg.frequency_standin, cfg.frequency_visible)
+    if cfg.frequency_loss and None in frequency:
+        raise ValueError("a frequency loss needs --frequency-weight, --frequency-standin "
+                         "and --frequency-visible")
+    return Config({key: cfg[key] for key in OPTIONS}), args, checkpoint
+
+
+def micro_batch(batch_size, asked, world, usual):
+    """Images a process takes at once: as asked, else the usual number or the largest below that divides.
+
+    Raises ValueError if the batch cannot be cut like that.
+    """
+    share = batch_size // world
+    if batch_size % world or share % (asked or 1):
+        parts = f"{world} process(es)" + (f" × --micro-batch {asked}" if asked else "")
+        raise ValueError(f"--batch-size {batch_size} is not divisible by {parts}")
+    if asked:
+        return asked
+    size = min(usual, share)
+    while share % size:
+        size -= 1
+    return size

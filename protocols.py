@@ -1,0 +1,194 @@
+"""The fine-tuning protocols, the options of finetune.py, and what they come to.
+
+lr is the one at the protocol's own batch_size. `--print-config` shows what a command line comes to.
+"""
+import model as models
+import recipes
+from recipes import Option, integer_or_none, number_or_none
+
+# ---- protocols
+
+BASE = dict.fromkeys((  # None: off, or not used by the protocol
+    "img_size test_resize test_crop epochs batch_size optimizer lr min_lr schedule lr_step_epochs "
+    "warmup_epochs weight_decay layer_decay clip drop_path loss label_smoothing mixup cutmix "
+    "randaugment random_erasing repeated_augmentation ema crop_scale").split())
+BASE |= dict(img_size=224, test_resize=256, test_crop=224, batch_size=256)
+TUNE = BASE | dict(
+    epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine", warmup_epochs=20,
+    weight_decay=0.05, loss="ce", label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9,
+    random_erasing=0.25, crop_scale=(0.08, 1.0))
+SIMMIM = TUNE | dict(lr=1e-2, layer_decay=0.65, clip=5.0, drop_path=0.1)
+RSB = TUNE | dict(
+    batch_size=2048, optimizer="lamb", lr=8e-3, warmup_epochs=5, weight_decay=0.02, loss="bce",
+    label_smoothing=None, mixup=0.1, randaugment=6, random_erasing=None, test_resize=236)
+RSB_A3 = RSB | dict(img_size=160)
+RSB_A2 = RSB | dict(epochs=300, lr=5e-3, randaugment=7, repeated_augmentation=3, drop_path=0.05)
+LINEAR = BASE | dict(
+    optimizer="sgd", weight_decay=0.0, warmup_epochs=0, loss="ce", crop_scale=(0.08, 1.0))
+LINEAR_VIT = LINEAR | dict(epochs=90, batch_size=1024, lr=12.0, min_lr=0.0, schedule="cosine")
+LINEAR_RESNET = LINEAR | dict(epochs=100, lr=30.0, schedule="step", lr_step_epochs=(60, 80))
+SCRATCH_DEIT = SIMMIM | dict(                           # after DeiT, arXiv 2012.12877
+    epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None,
+    repeated_augmentation=3)
+SMALL = BASE | dict(
+    epochs=20, batch_size=64, optimizer="adamw", lr=2e-3, min_lr=1e-6, schedule="cosine",
+    warmup_epochs=2, weight_decay=0.05, layer_decay=0.8, clip=5.0, loss="ce", label_smoothing=0.1,
+    crop_scale=(0.5, 1.0))
+SCRATCH_SMALL = SMALL | dict(layer_decay=None)
+
+PROTOCOLS = {  # (for a ViT, for a ResNet); None where there is none
+    "simmim": (SIMMIM, None),
+    "rsb_a3": (None, RSB_A3),
+    "rsb_a2": (None, RSB_A2),
+    "linear": (LINEAR_VIT, LINEAR_RESNET),
+    "knn": (BASE, BASE),
+    "small": (SMALL, SMALL),
+    "scratch-deit": (SCRATCH_DEIT, None),
+    "scratch-rsb_a3": (None, RSB_A3),
+    "scratch-rsb_a2": (None, RSB_A2),
+    "scratch-small": (SCRATCH_SMALL, SCRATCH_SMALL),
+}
+PROTOCOLS_IMAGENET100 = {
+    "simmim": (SIMMIM | dict(lr=8e-3, warmup_epochs=5), TUNE | dict(batch_size=2048, lr=5e-3)),
+}
+RSB_A2_FOR = {
+    "resnet50": dict(ema=0.9999),
+    "resnet101": dict(drop_path=0.1),
+    "resnet152": dict(drop_path=0.15),
+    "resnet200": dict(drop_path=0.2),
+}
+FOR_ARCH = {  # what an architecture changes in a protocol
+    "simmim": {
+        "vit_s": dict(epochs=200),
+        "vit_b": dict(ema=0.99996),
+        "vit_l": dict(epochs=150, ema=0.99996, repeated_augmentation=3),
+    },
+    "rsb_a2": RSB_A2_FOR,
+    "scratch-rsb_a2": RSB_A2_FOR,
+}
+
+# ---- options
+
+OPTIONS = recipes.OPTIONS | {
+    "protocol": Option(str, "scratch-…: without --init; knn trains nothing; small is for the nano presets",
+                       choices=tuple(PROTOCOLS)),
+    "test_resize": Option(int, "short side of test images, pixels (absent: as --img-size asks)", 1),
+    "test_crop": Option(int, "side of their central crop, pixels (absent: as --img-size asks)", 1),
+    "optimizer": Option(str, "of the training", choices=("adamw", "lamb", "sgd")),
+    "lr_step_epochs": Option(int, "of the step schedule: ×0.1 at each", several="+"),
+    "layer_decay": Option(number_or_none, "factor on the lr from each block to the one below", high=1),
+    "loss": Option(str, "cross entropy, or binary cross entropy", choices=("ce", "bce")),
+    "label_smoothing": Option(number_or_none, "of the targets", high=1),
+    "mixup": Option(number_or_none, "α of mixup; with cutmix, a coin decides for each batch"),
+    "cutmix": Option(number_or_none, "α of cutmix"),
+    "randaugment": Option(number_or_none, "magnitude of RandAugment", high=10),
+    "random_erasing": Option(number_or_none, "how often a box of an image is erased", high=1),
+    "repeated_augmentation": Option(integer_or_none, "crops of an image in one epoch", 1),
+    "ema": Option(number_or_none, "decay of a running mean of the weights, which is tested", high=1),
+}
+OPTIONS = {key: OPTIONS[key] for key in ("arch", "protocol", "data", "channels", "mean", "std", *BASE)}
+RUN = recipes.RUN | {
+    "task": Option(str, "what to predict; pose and mask of the built-in images only (absent: class)",
+                   choices=("class", "pose", "mask")),
+    "freeze": Option(bool, "train the head only, as linear does"),
+    "eval": Option(bool, "evaluate --init, head included, on the test images (of a folder without train/: "
+                   "on all), and train nothing"),
+    "labels": Option(int, "train on so many images, drawn by --seed (absent: all)", 1),
+    "eval_every": Option(int, "epochs between two evaluations", 1, default=1),
+    "k": Option(int, "knn: neighbours", 1, default=20),
+    "temperature": Option(float, "knn: a neighbour weighs exp(similarity / temperature)", 1e-6,
+                          default=0.07),
+}
+
+
+# ---- what a command line comes to
+
+def protocol_of(recipe, protocol, arch):
+    """The row of a protocol for an architecture. Raises ValueError."""
+    like = models.like(arch)
+    if recipe == "imagenet":
+        table = PROTOCOLS
+    else:
+        table = PROTOCOLS_IMAGENET100 if arch in recipes.IMAGENET100 else {}
+    cnn = "resnet" in like
+    names = [name for name in table if table[name][cnn]]
+    if protocol not in names:
+        raise ValueError(f"there is no {protocol} protocol of {recipe} for {arch}: "
+                         f"choose from {', '.join(names) or 'those of --recipe imagenet'}")
+    row = table[protocol][cnn]
+    if recipe == "imagenet":
+        row = row | FOR_ARCH.get(protocol, {}).get(like, {})
+    return row
+
+
+def finetuning(argv, doc):
+    """(configuration, how to run it, checkpoint of --init or None) of finetune.py. Raises ValueError."""
+    given, args = recipes.parse(argv, doc, OPTIONS, RUN)
+    checkpoint, known, arch = recipes.start_from(args, given)
+    nano = "nano" in models.like(arch)
+    if nano:
+        protocol = "small"
+    elif "resnet" in models.like(arch) and args.recipe == "imagenet":
+        protocol = "rsb_a3"
+    else:
+        protocol = "simmim"
+    if args.eval:                                       # as it was tested while it was trained
+        protocol = known.get("protocol", protocol)
+    protocol = given.get("protocol", protocol)
+    if args.task is None:
+        args.task = known.get("task", "class") if args.eval else "class"
+    row = protocol_of(args.recipe, protocol, arch)
+
+    # what has no size of its own takes the encoder's
+    if nano or protocol in ("knn", "small", "scratch-small"):
+        size = known.get("img_size") or recipes.RECIPES[arch]["img_size"]
+        resize = round(size * 256 / 224) if protocol == "knn" and not nano else size
+        row = row | dict(img_size=size, test_crop=size, test_resize=resize)
+    sizes = ("img_size", "test_resize", "test_crop")
+    if args.eval and "test_crop" in known:
+        row = row | {key: known[key] for key in sizes}
+
+    # options without effect are refused, and shown as null
+    unused = []
+    if args.eval or protocol == "knn":
+        unused = [key for key in BASE if key not in (*sizes, "batch_size")]
+        reason = "where nothing is trained"
+    elif args.task != "class":                          # images are seen whole, and as they are
+        unused = ("test_resize test_crop loss label_smoothing mixup cutmix randaugment random_erasing "
+                  "crop_scale").split()
+        reason = f"on the {args.task}"
+    for key in unused:
+        if key in given:
+            raise ValueError(f"--{key.replace('_', '-')} has no effect {reason}: leave it out")
+    row = row | {key: None for key in unused if key not in sizes}
+
+    cfg = recipes.Config(row, arch=arch, protocol=protocol, data="shapes")
+    cfg |= recipes.colours(given, known) | given
+    if "lr" not in given and row["lr"]:
+        cfg.lr = row["lr"] * cfg.batch_size / row["batch_size"]
+    if "test_crop" not in given:
+        cfg.test_crop = round(row["test_crop"] * cfg.img_size / row["img_size"])
+    if "test_resize" not in given:
+        resize = round(row["test_resize"] * cfg.test_crop / row["test_crop"])
+        cfg.test_resize = max(cfg.test_crop, resize)
+    if args.task != "class":
+        cfg |= dict(test_resize=cfg.img_size, test_crop=cfg.img_size)
+    for key in ("crop_scale", "lr_step_epochs"):
+        cfg[key] = cfg[key] and list(cfg[key])          # as JSON has it
+
+    recipes.check(cfg)
+    if args.eval and (args.init is None or protocol == "knn"):
+        raise ValueError("--eval needs --init, a fine-tuned checkpoint, and no --protocol knn")
+    if args.init is not None and protocol.startswith("scratch-") and not args.eval:
+        raise ValueError(f"{protocol} starts from random weights: leave out --init, "
+                         "or choose another --protocol")
+    if args.task != "class" and cfg.data != "shapes":
+        raise ValueError(f"only the built-in images know the {args.task}: leave out --data")
+    if args.task != "class" and protocol in ("knn", "linear"):
+        raise ValueError(f"{protocol} is for classes, not for the {args.task}: "
+                         "choose another --protocol, and --freeze for a probe")
+    if cfg.randaugment is not None and cfg.channels not in (1, 3):
+        raise ValueError(f"RandAugment knows no images of {cfg.channels} channels: --randaugment none")
+    if cfg.test_resize < cfg.test_crop:
+        raise ValueError(f"test_resize {cfg.test_resize} is smaller than test_crop {cfg.test_crop}")
+    return recipes.Config({key: cfg[key] for key in OPTIONS}), args, checkpoint

@@ -1,0 +1,225 @@
+"""What a script needs to run: processes, precision, requests to stop, checkpoints, errors in one line."""
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import re
+import signal
+import sys
+import zipfile
+
+import torch
+import torch.distributed as dist
+
+import data
+import model as models
+
+STOPPED = 75            # exit code of a run that was asked to stop: EX_TEMPFAIL, try again
+
+
+# ---- command lines
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are ValueErrors, like all others."""
+
+    def __init__(self, prog=None, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def run(main, argv=None):
+    """Call a script's main. What its user can mend becomes one line and exit code 2."""
+    try:
+        main(argv)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError) as error:
+        # an error of a loader process arrives with its traceback as text: the last line says what is wrong
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        message = re.sub(r"^[\w.]+(Error|BadImage): ", "", lines[-1])
+        # all processes find the same mistakes; an image may be unreadable on one machine only
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, data.BadImage):
+            script = os.path.basename(main.__code__.co_filename)
+            print(f"{script}: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- processes and devices
+
+def setup(deterministic=False):
+    """(rank, world size, device) of this process. Joins the others where torchrun started it."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if not cuda:
+        device = torch.device("cpu")
+    elif local_rank < torch.cuda.device_count():
+        device = torch.device(f"cuda:{local_rank}")
+        torch.cuda.set_device(device)
+    else:
+        raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    # an hour, because a download or the listing of a large archive may take long
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+@contextlib.contextmanager
+def local_first():
+    """One process of each machine goes first (it downloads, or lists an archive), then the others."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:                                            # also if it failed: the others then fail alike
+        if dist.is_initialized() and first:
+            dist.barrier()
+
+
+def workers(asked=None):
+    """Loader processes of this process: as asked, else its share of the cores, at most 8."""
+    if asked is not None:
+        return asked
+    return min(8, data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def place(model, device, world=1):
+    """The model on its device. Several GPUs normalise over their batches together."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # TF32 where mixed precision is off
+        if world > 1:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if not isinstance(model.encoder, models.ViT):       # convolutions are fastest with channels last
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)
+
+
+def precision(amp, device):
+    """(autocast context, gradient scaler) for --amp auto, bf16, fp16 or off."""
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    autocast = torch.autocast(device.type, dtypes.get(amp), enabled=amp in dtypes)
+    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+# ---- requests to stop
+
+class StopRequest:
+    """`asked` becomes True with SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C leaves at once.
+
+    torchrun passes SIGTERM on. When it dies itself, its processes have another parent than `torchrun`.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.before = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.before[number] = signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            data.kill_workers()
+            os._exit(130)
+        self.asked = True
+
+    def restore(self):
+        """Signals do again what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ---- checkpoints
+
+def save(path, state, previous=None):
+    """Write a checkpoint whole or not at all; what stood there is kept as `previous`, if given.
+
+    Raises ValueError if the weights are not finite, OSError if it cannot be written.
+    """
+    for value in state["model"].values():
+        if not value.isfinite().all():
+            raise ValueError(f"the weights are no longer finite and are not saved as {path}: "
+                             "try a smaller --lr")
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())                     # on the disk before it gets its name
+    except (OSError, RuntimeError) as error:            # torch.save may raise either on a full disk
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written ({reason}); the last checkpoint is whole") from None
+    if previous is not None and os.path.exists(path):
+        os.replace(path, previous)
+    os.replace(path + ".tmp", path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)                                # and so that the name survives a power cut
+    finally:
+        os.close(folder)
+
+
+def is_undamaged(path):
+    """Whether a checkpoint is what torch.save wrote: a zip file, with checksums."""
+    try:
+        return zipfile.ZipFile(path).testzip() is None
+    except Exception:                                   # damage shows in half a dozen ways
+        return False
+
+
+def load(out, config):
+    """The newest undamaged checkpoint in a run's folder, or None if there is none: a new run.
+
+    config: what the run is, which may not change when it goes on; a key that the checkpoint lacks had
+    its default. Raises ValueError if it differs, or if there are damaged checkpoints only.
+    """
+    last = os.path.join(out, "last.pt")
+    previous = os.path.join(out, "previous.pt")
+    paths = [path for path in (last, previous) if os.path.exists(path)]
+    for path in paths:
+        if not is_undamaged(path):
+            continue
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        there = config | state.get("config", {"format": "of another program"})
+        differing = [key for key in there if there[key] != config.get(key)]
+        if differing:
+            fields = ", ".join(f"{key} ({there[key]} there, {config.get(key)} here)" for key in differing)
+            raise ValueError(f"{out} holds another run, which differs in {fields}: "
+                             "choose another --out or remove the folder")
+        if path == previous and os.environ.get("RANK", "0") == "0":
+            print(f"{last} is damaged or missing: going on from {previous}", flush=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(last)                         # or it would become the next previous.pt
+        return state
+    if paths:
+        raise ValueError(f"{' and '.join(paths)} cannot be read, or are damaged: "
+                         "choose another --out or remove the folder")
+    return None
+
+
+def open_log(out, step):
+    """log.jsonl, to be added to. Entries after this step belong to what was lost, and go."""
+    path = os.path.join(out, "log.jsonl")
+    kept = []
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                with contextlib.suppress(ValueError):   # the last line may be a part of one
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+    with open(path + ".tmp", "w") as file:
+        file.writelines(kept)
+    os.replace(path + ".tmp", path)
+    return open(path, "a")
