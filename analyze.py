@@ -1,356 +1,618 @@
 """What a model has learned: the analyses of two papers, on anyone's checkpoints, side by side.
 
-  python analyze.py runs/vit_nano-a2mim-shapes/last.pt                     one model, on the built-in images
+  python analyze.py runs/vit_nano-a2mim-shapes/last.pt --only attention,fourier
   python analyze.py SUPERVISED SIMMIM A2MIM --data path/to/images --images 512
-  python analyze.py CHECKPOINT --only attention,fourier                    some of them
+  python analyze.py BEIT=beit_base.pth:vit_b                     another project's weights, named
 
-From A²MIM (arXiv 2205.13943): reconstruct, interaction, occlusion, fourier. From Dark Secrets (arXiv 2205.13543): attention,
-cka, layers. CHECKPOINT is ours or another project's (see weights.py). Each writes its numbers, NAME.json, and with matplotlib
-a figure, NAME.png; index.html shows them all and says how to read them. "±" is a standard error over images.
+CHECKPOINT is [NAME=]PATH[:ARCH], with ARCH where the file does not say which architecture it
+holds. From A²MIM (arXiv 2205.13943): reconstruct, interaction, occlusion, fourier. From Dark
+Secrets (arXiv 2205.13543): attention, cka, layers. Each writes NAME.json, its numbers, and with
+matplotlib NAME.png; index.html shows all. "±" is a standard error over images.
 """
-import argparse
 import functools
+import html
 import itertools
+import json
 import math
-import sys
+import os
+import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
+from tqdm import tqdm
 
 import data
-import harness
 import masking
 import model as models
-import train
-from study import NotFor, Study, average, draw_curves, draw_map, draw_pictures, jackknife
-from train import count, number
+import runtime
+import weights
 
-ORDERS = [0, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, 1]               # of interactions: m as shares of the other players
-SHARES = [0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95]                       # of patches dropped
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None
 
-# An analysis takes a study and a subject (see study.py). Its docstring says how to read it, on index.html too.
+ORDERS = [0, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, 1]  # of interactions, shares of players
+SHARES = [0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95]  # of patches that are dropped
 
-# ------------------------------------------------------------------------------------------------ A²MIM: reconstructions
-
-def reconstruct(study, s):
-    """Held-out images, what a model sees of them, what it paints, and both together. Look at the borders of blocks: shades that go on
-    are low frequencies, edges that go on are the middle ones that A²MIM is after."""
-    if not s.mim:
-        raise NotFor("there is no decoder, or no mask token, in its file")
-    pictures = []
-
-    def measure(image, _, first):
-        generators = [data.generator(study.args.seed, "mask", first + i) for i in range(len(image))]
-        mask = s.mask(len(image), s.mask_grid, s.mask_ratio, generators).to(image.device)
-        rows, M = train.reconstruct(s.mim, image, mask), masking.resize(mask, image.shape[-2:])
-        if not first:
-            shown = [data.visible(data.denormalize(row[:8], s.mean, s.std)).cpu() for row in rows]
-            pictures.extend(zip(("image", "masked", "reconstruction", "composite"), shown))
-        guesses = rows[2], masking.fill(image, mask, "mean")
-        return torch.stack([((guess - image).abs() * M).sum((1, 2, 3)) / (s.channels * M.sum((1, 2, 3))) for guess in guesses], 1),
-
-    errors, = study.collect(s, measure)
-    return {"|error| of masked pixels": (["reconstruction", "mean colour"], *average(errors))}, \
-        f"in the data set's standard deviations; {s.mask_ratio:.0%} masked, in blocks of {s.size // s.mask_grid} px", pictures
+# An analysis takes a Checkpoint. It returns curves, {"quantity by place": (places, means, standard
+# errors[, means of each head])}, or none where it does not apply; a note; what its figure needs
+# beside. Its docstring, on index.html, says how to read the figure.
 
 
-# ------------------------------------------------------------------------------------------------ A²MIM: interactions
+# ---- A²MIM: reconstructions
 
-def draw_pairs(grid, most, rng):
-    """(P, 2) players (row · grid + column): i uniform, j of its up to 24 neighbours within two rows and columns, no pair twice."""
-    at = np.arange(grid * grid)
-    steps = np.maximum(abs(at // grid - at[:, None] // grid), abs(at % grid - at[:, None] % grid))
-    near, pairs = (steps <= 2) & (steps > 0), set()
-    while len(pairs) < min(most, near.sum() // 2):
-        i = rng.choice(at)
-        pairs.add(tuple(sorted((i, rng.choice(at[near[i]])))))
+def reconstruct(c):
+    """Held-out images, what a model sees of them, what it paints, and both together. Shades that go
+    on across borders of blocks are low frequencies, edges the middle ones that A²MIM is after."""
+    if not c.mim:
+        return {}, "not applicable: no decoder, or no mask token, in its file", {}
+    pictures = {}
+    errors = []
+    for image, _, first in batches(c):
+        draws = [data.generator(c.args.seed, "mask", first + i) for i in range(len(image))]
+        mask = c.random_mask(len(image), c.size // c.mask_size, c.mask_ratio, draws)
+        mask = mask.to(image.device)
+        rows = c.mim.reconstruct(image, mask)
+        if first == 0:
+            for what, row in zip(("image", "masked", "reconstruction", "composite"), rows):
+                row = data.visible(data.denormalize(row[:8], c.mean, c.std))
+                pictures[f"{c.name}\n{what}"] = row.cpu()
+        # mean of |x̂ − x| over masked pixels, of the reconstruction and of the image's mean colour
+        M = masking.resize(mask, image.shape[-2:])
+        pixels = image.shape[1] * M.sum((1, 2, 3))
+        guesses = [rows[2], masking.fill(image, mask, "mean")]
+        means = [((guess - image).abs() * M).sum((1, 2, 3)) / pixels for guess in guesses]
+        errors.append(torch.stack(means, 1).cpu())
+    curve = (["reconstruction", "mean colour"], *average(torch.cat(errors)))
+    note = f"in standard deviations; {c.mask_ratio:.0%} masked, in blocks of {c.mask_size} px"
+    return {"|error| of masked pixels": curve}, note, pictures
+
+
+# ---- A²MIM: interactions
+
+def draw_pairs(grid, count, rng):
+    """(P, 2) players (row · grid + column), no pair twice: i uniform, j one of its up to 24
+    neighbours within two rows and columns. P is count, or all there are."""
+    player = np.arange(grid * grid)
+    row, column = np.divmod(player, grid)
+    distance = np.maximum(abs(row - row[:, None]), abs(column - column[:, None]))
+    near = (distance > 0) & (distance <= 2)
+    pairs = set()
+    while len(pairs) < min(count, near.sum() // 2):
+        i = rng.choice(player)
+        j = rng.choice(player[near[i]])
+        pairs.add((min(i, j), max(i, j)))
     return np.array(sorted(pairs))
 
 
-def contexts(players, pairs, size, most, rng):
-    """(P, C, players) bool: for each pair, C uniform contexts of `size` other players; all there are, if no more than `most`. Drawn
-    ones are the first of a permutation, without the pair: with the same permutations for all, pairs share coalitions."""
-    at, i, j = np.arange(players), *pairs.T[:, :, None, None]               # i < j, (P, 1, 1)
-    if math.comb(players - 2, size) <= most:
-        subsets = list(itertools.combinations(range(players - 2), size))
-        inside = np.array([np.isin(range(players), subset) for subset in subsets])             # (C, players), the last two unused
-        context = np.moveaxis(inside[:, (at - (at > i) - (at > j))[:, 0]], 1, 0)               # numbered without the pair
-    else:
-        rank = rng.permuted(np.tile(at, (most, 1)), axis=1)                 # (C, players): place in a permutation
-        behind_i, behind_j = (rank > rank.T[k[:, 0, 0]][:, :, None] for k in (i, j))           # (P, C, players)
-        context = rank - behind_i - behind_j < size
-    return context & (at != i) & (at != j)
+def contexts(players, pairs, size, count, rng):
+    """(P, C, players) bool: for each pair C contexts S, `size` other players; all, if these are
+    no more than `count`, else drawn: each starts a permutation that serves all pairs."""
+    player = np.arange(players)
+    if math.comb(players - 2, size) <= count:
+        every = []
+        for pair in pairs:
+            subsets = itertools.combinations(np.delete(player, pair), size)
+            every.append([np.isin(player, subset) for subset in subsets])
+        return np.array(every)
+
+    # a player's rank in a permutation, less one for i and for j if they come before
+    i = pairs[:, 0, None, None]
+    j = pairs[:, 1, None, None]
+    rank = rng.permuted(np.tile(player, (count, 1)), axis=1)  # (C, players)
+    behind_i = rank > rank.T[pairs[:, 0], :, None]  # (P, C, players)
+    behind_j = rank > rank.T[pairs[:, 1], :, None]
+    context = rank - behind_i - behind_j < size
+    return context & (player != i) & (player != j)
 
 
-def interactions(value, players, pairs, sizes, most, rng):
-    """I⁽ᵐ⁾(i,j) = mean over contexts S of m players of v(S∪{i,j}) − v(S∪{i}) − v(S∪{j}) + v(S), (len(sizes), P). (Deng et al., arXiv
-    2111.06236.) value: coalitions (n, players) bool -> v (n,) float64, called once, with each coalition once. Also returns how many
-    these are, and how many four a context would be."""
-    i, j = (np.arange(players) == k[:, None, None] for k in pairs.T)        # (P, 1, players): this player alone
-    sets = [np.stack([S | i | j, S | i, S | j, S]) for S in (contexts(players, pairs, size, most, rng) for size in sizes)]
-    packed = np.packbits(np.concatenate([S.reshape(-1, players) for S in sets]), axis=1)
-    distinct, inverse = np.unique(packed, axis=0, return_inverse=True)
-    v = np.asarray(value(np.unpackbits(distinct, axis=1, count=players).astype(bool)))[inverse.reshape(-1)]
-    parts = np.split(v, np.cumsum([S[..., 0].size for S in sets])[:-1])
-    found = [(np.array([1, -1, -1, 1]) @ part.reshape(4, -1)).reshape(len(pairs), -1).mean(1) for part in parts]
-    return np.stack(found), len(distinct), len(v)
+def interactions(value, players, pairs, sizes, count, rng):
+    """I⁽ᵐ⁾(i,j) = mean over contexts S of m players of v(S∪{i,j}) − v(S∪{i}) − v(S∪{j}) + v(S),
+    (len(sizes), P). (Deng et al., arXiv 2111.06236.)
+
+    value: coalitions (n, players) bool → v (n,) float64, called once, with each coalition once.
+    """
+    player = np.arange(players)
+    i = player == pairs[:, 0, None, None]  # (P, 1, players): this player alone
+    j = player == pairs[:, 1, None, None]
+    games = []
+    for size in sizes:
+        S = contexts(players, pairs, size, count, rng)
+        games.append(np.stack([S | i | j, S | i, S | j, S]))  # (4, P, C, players)
+
+    # pairs and contexts share coalitions: about half of the forward passes are saved
+    coalitions = np.concatenate([game.reshape(-1, players) for game in games])
+    distinct, inverse = np.unique(coalitions, axis=0, return_inverse=True)
+    v = value(distinct)[inverse.reshape(-1)]
+
+    means = []
+    for game, v in zip(games, np.split(v, np.cumsum([game[..., 0].size for game in games])[:-1])):
+        v_ij, v_i, v_j, v_none = v.reshape(game.shape[:3])
+        means.append((v_ij - v_i - v_j + v_none).mean(1))
+    return np.stack(means)
 
 
-def interaction(study, s):
-    """What two neighbouring patches do for a class together and not apart, while m others are visible; each model's mean is 1. On the left the
-    two are almost alone, on the right the image is nearly whole. A²MIM's plots of interaction strength find that masked image modeling strengthens
-    the middle orders. Between the ends contexts are samples, whose noise adds to |I|, the more the fewer they are: compare models at the
-    same number of contexts only."""
-    if not s.logits:
-        raise NotFor("it has no classifier; finetune.py gives it one")
-    players = s.grid ** 2
+def interaction(c):
+    """What two neighbouring patches do for a class together and not apart, while m others are
+    visible; each model's mean is 1. A²MIM finds that masked image modeling strengthens the middle
+    orders. Sampled contexts add noise: compare models at the same number of them only."""
+    if not c.logits:
+        return {}, "not applicable: no classifier; finetune.py gives it one", None
+    args = c.args
+    sizes = [int((c.grid ** 2 - 2) * order) for order in ORDERS]
+    strengths = []
+    for image, label, index in batches(c, batch=1):
+        target = label if c.known and label >= 0 else c.logits(image).argmax(1)
 
-    def play(value, index):                                                 # the same game for all subjects
-        rng = np.random.default_rng((study.args.seed % 2 ** 63, index))
-        sizes = [int((players - 2) * r) for r in ORDERS]
-        return interactions(value, players, draw_pairs(s.grid, study.args.pairs, rng), sizes, study.args.contexts, rng)
+        def value(coalitions):  # v = log p/(1 − p); absent patches show the mean colour
+            v = []
+            for part in torch.from_numpy(coalitions).split(args.batch):
+                present = part.view(-1, c.grid, c.grid).to(image.device)
+                logits = c.logits(image * masking.resize(present, image.shape[-2:])).double()
+                others = logits.index_fill(1, target, -math.inf)
+                v.append(logits[:, target[0]] - others.logsumexp(1))  # = z_t − log Σ_{k≠t} exp z_k
+            return torch.cat(v).cpu().numpy()
 
-    def value(coalitions, image, target):                                   # v = log p/(1 − p), absent patches showing the mean colour
-        found = []
-        for part in torch.from_numpy(coalitions).split(s.batch):
-            logits = s.logits(image * masking.resize(part.view(-1, s.grid, s.grid).to(image.device), image.shape[-2:])).double()
-            found.append(logits[:, target] - logits.index_fill(1, target, -math.inf).logsumexp(1))     # = z_t − log Σ_{k≠t} exp z_k
-        return torch.cat(found).cpu().numpy()
-
-    def strengths(image, label, first):
-        guess = s.logits(image).argmax(1)
-        target = torch.where(label >= 0, label, guess) if s.known else guess
-        games = [play(functools.partial(value, image=x, target=t), first + i) for i, (x, t) in enumerate(zip(image, target))]
-        return torch.tensor(np.array([np.abs(found).mean(1) for found, _, _ in games])), torch.tensor([game[1:] for game in games])
-
-    found, passes = study.collect(s, strengths, passes=play(lambda coalitions: np.zeros(len(coalitions)), 0)[1])
-    note = (f"{passes[:, 0].sum():,} forward passes where four a context would be {passes[:, 1].sum():,}; {study.args.pairs} pairs, "
-            f"{study.args.contexts} contexts; for the {'true' if s.known else 'predicted'} class")
-    J = jackknife(found, lambda strength: strength / strength.mean().clamp(min=1e-300))        # J⁽ᵐ⁾ = mean |I⁽ᵐ⁾| / its mean over orders
-    return {"interaction strength J by order m / (n² − 2)": (ORDERS, *J)}, note
+        rng = np.random.default_rng((args.seed % 2 ** 63, index))  # the same game for all models
+        pairs = draw_pairs(c.grid, args.pairs, rng)
+        I = interactions(value, c.grid ** 2, pairs, sizes, args.contexts, rng)
+        strengths.append(torch.from_numpy(np.abs(I).mean(1)))
+    # J⁽ᵐ⁾ = mean |I⁽ᵐ⁾| / its mean over orders
+    J = jackknife(torch.stack(strengths), lambda total: total / total.mean().clamp(min=1e-300))
+    classes = "true" if c.known else "predicted"
+    note = f"{args.pairs} pairs, {args.contexts} contexts, for the {classes} class"
+    return {"interaction strength J by order m / (n² − 2)": (ORDERS, *J)}, note, None
 
 
-# ------------------------------------------------------------------------------------------------ A²MIM: occlusion and Fourier
-
-def pooled(s, image):
-    """Features of the stem and each block, [(B, C)]: means over positions."""
-    return [z.mean((2, 3)) for _, z in s.encoder.walk(image)]
-
+# ---- A²MIM: occlusion, Fourier analysis
 
 def fit_probe(features, labels, classes, ridge=0.01):
-    """A linear classifier of features (N, C): ridge regression of one-hot labels on standardised features. Returns (B, C) -> (B, K)."""
-    mean, deviation = features.double().mean(0), features.double().std(0) + 1e-6
-    x, y = (features - mean) / deviation, F.one_hot(labels, classes).double()
-    W = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1]).to(x), x.T @ (y - y.mean(0)))
-    return lambda features: (features - mean) / deviation @ W + y.mean(0)
+    """A linear classifier, features (B, C) → scores (B, classes): ridge regression of one-hot
+    labels (N,) on standardised features (N, C)."""
+    mean = features.double().mean(0)
+    deviation = features.double().std(0) + 1e-6
+    x = (features - mean) / deviation
+    y = F.one_hot(labels, classes).double()
+    penalty = ridge * len(x) * torch.eye(x.shape[1]).to(x)
+    W = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean(0)))
+
+    def probe(features):
+        return (features - mean) / deviation @ W + y.mean(0)
+
+    return probe
 
 
 @functools.cache
-def fit_probes(study, s):
-    """A probe for the stem and each block; occlusion and layers share them."""
-    labels, *columns = study.collect(s, lambda image, label, _: [label, *pooled(s, image)], split="train", labelled=True)
-    return [fit_probe(column.to(study.device), labels.to(study.device), len(study.classes)) for column in columns]
+def fit_probes(c):
+    """A probe for the stem and each block, which occlusion and layers share."""
+    parts = [(label, *c.pooled(image)) for image, label, _ in batches(c, "train", labels=True)]
+    labels, *features = [torch.cat(column) for column in zip(*parts)]
+    return [fit_probe(z, labels, len(c.images["val"].classes)) for z in features]
 
 
-def occlude(image, share, grid, generators):
-    """A share of the grid² patches, drawn at random, shows the data set's mean colour (Naseer et al., arXiv 2105.10497)."""
-    return masking.fill(image, masking.random_mask(len(image), grid, share, generators).to(image.device), "zero") if share else image
-
-
-def accuracy(study, s, guesses, passes=1):
-    """Whether each guess, of guesses(images, position of the first) -> some (B, K), has the label first: (images, guesses), 0 or 100."""
-    def right(image, label, first):
-        return 100.0 * torch.stack([guess.argmax(1) == label for guess in guesses(image, first)], 1),
-
-    return study.collect(s, right, passes=passes, labelled=True)[0]
-
-
-def occlusion(study, s):
-    """Top-1 while more and more patches are dropped. A²MIM's plots of robustness against occlusion find that after masked image modeling it
-    falls later. Compare the right panel where models differ on whole images."""
-    probe = None if s.known else fit_probes(study, s)[-1]
-
-    def guesses(image, first):
+def occlusion(c):
+    """Top-1 while more and more patches, drawn at random, show the data set's mean colour (Naseer
+    et al., arXiv 2105.10497). A²MIM finds that after masked image modeling it falls later. Compare
+    the right panel where models differ on whole images."""
+    probe = None if c.known else fit_probes(c)[-1]
+    hits = []
+    for image, label, first in batches(c, labels=True):
+        right = []
         for share in SHARES:
-            x = occlude(image, share, s.grid, [data.generator(study.args.seed, "drop", first + i) for i in range(len(image))])
-            yield s.logits(x) if s.known else probe(pooled(s, x)[-1])
-
-    hits = accuracy(study, s, guesses, len(SHARES))
+            draws = [data.generator(c.args.seed, "drop", first + i) for i in range(len(image))]
+            x = image
+            if share > 0:
+                mask = masking.random_mask(len(image), c.grid, share, draws).to(image.device)
+                x = masking.fill(image, mask, "zero")
+            scores = c.logits(x) if c.known else probe(c.pooled(x)[-1])
+            right.append(scores.argmax(1) == label)
+        hits.append(torch.stack(right, 1).cpu())
+    hits = 100.0 * torch.cat(hits)
     curves = {"top-1, %, by share of patches dropped": (SHARES, *average(hits))}
-    if hits[:, 0].mean() > 3 * hits[:, 0].std() / len(hits) ** 0.5:         # three standard errors: there is something to lose
-        curves["% of top-1 on whole images by share of patches dropped"] = (SHARES, *jackknife(hits, lambda hits: 100 * hits / hits[0]))
-    return curves, "its classifier" if s.known else f"a linear probe of the last features, fitted on {study.probe_images:,} images"
+    # with less than three standard errors there is nothing to lose
+    if hits[:, 0].mean() > 3 * hits[:, 0].std() / len(hits) ** 0.5:
+        relative = (SHARES, *jackknife(hits, lambda total: 100 * total / total[0]))
+        curves["% of top-1 on whole images by share of patches dropped"] = relative
+    note = f"a linear probe of the last features, fitted on {c.args.probe_images:,} images"
+    return curves, "its classifier" if c.known else note, None
 
 
 def spectrum(z):
-    """Of a map (B, C, h, h): log(|F| + 1e-6), averaged over channels, along the half diagonal, relative to zero frequency, (B, h//2 + 1); and
-    the variance over positions, averaged over channels, (B,). (Park and Kim, arXiv 2202.06709.)"""
+    """Of a map (B, C, h, h): log(|F| + 1e-6) along the half diagonal, relative to zero frequency,
+    (B, h//2 + 1), and the variance over positions, (B,), both averaged over channels. (Park and
+    Kim, arXiv 2202.06709.)"""
     k = torch.arange(z.shape[-1] // 2 + 1, device=z.device)
-    amplitude = (torch.fft.rfft2(z.float())[..., k, k].abs() + 1e-6).log().mean(1)
-    return amplitude - amplitude[:, :1], z.float().var((2, 3), correction=0).mean(1)
+    amplitude = torch.fft.rfft2(z.float())[..., k, k].abs()
+    amplitude = (amplitude + 1e-6).log().mean(1)
+    variance = z.float().var((2, 3), correction=0).mean(1)
+    return amplitude - amplitude[:, :1], variance
 
 
-def fourier(study, s):
-    """How much of each feature map is high frequency, and how much it varies from place to place, from the stem to the last block. A²MIM's
-    Fourier analysis, after Park and Kim, who find that attention lowers high frequencies and variance, and convolutions and MLPs raise them.
-    (fourier.json has the whole half diagonal of each layer.)"""
-    vit = isinstance(s.encoder, models.ViT)
+def fourier(c):
+    """How much of each feature map is high frequency, and how much it varies from place to place.
+    Park and Kim find that attention lowers both, and convolutions and MLPs raise them. 1a: after
+    the attention of block 1; 1.2: after block 2 of stage 1."""
+    amplitudes = []
+    variances = []
+    for image, _, _ in batches(c):
+        maps = walk(c.encoder, image, halves=True)
+        spectra = {name: spectrum(z) for name, z in maps if z.shape[-1] >= 4}
+        amplitude, variance = zip(*spectra.values())
+        amplitudes.append(torch.stack([diagonal[:, -1] for diagonal in amplitude], 1).cpu())
+        variances.append(torch.stack(variance, 1).cpu())
+    names = list(spectra)
+    highest = average(torch.cat(amplitudes))
+    spread = average(torch.cat(variances).clamp(min=1e-12).log10())
+    curves = {"Δ log amplitude at the highest frequency by layer": (names, *highest),
+              "log10 of the variance over positions by layer": (names, *spread)}
+    return curves, "its maps of 4 × 4 and more", None
 
-    def maps(image):                                                        # where there is something to see
-        return {name: z for name, z in s.encoder.walk(image, *[True] * vit) if z.shape[-1] >= 4}
 
-    names = list(maps(s.example))
-    found = study.collect(s, lambda image, *_: sum(map(spectrum, maps(image).values()), ()))
-    amplitudes, variances = found[0::2], torch.stack(found[1::2], 1)
-    curves = {"Δ log amplitude at the highest frequency by layer": (names, *average(torch.stack([a[:, -1] for a in amplitudes], 1))),
-              "log10 of the variance over positions by layer": (names, *average(variances.clamp(min=1e-12).log10()))}
-    whole = {name: average(amplitude)[0] for name, amplitude in zip(names, amplitudes)}        # of each layer, all of the half diagonal
-    return curves, "1a: after the attention of block 1" * vit, whole
+# ---- Dark Secrets: attention
 
+def log_attention(attention, x):
+    """Logarithm of what Attention.forward never makes, each query's attention to each key:
+    (B, N, D) → (B, heads, N, N)."""
+    q, k, _ = attention.project(x)
+    logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    bias = attention.position_bias(q.dtype)
+    if bias is not None:
+        logits = logits + bias
+    return logits.log_softmax(-1)
 
-# ------------------------------------------------------------------------------------------------ Dark Secrets: attention
 
 def attention_measures(log_p, patch):
-    """Of log-attention (B, heads, N, N), as means over queries: distance to the keys in pixels, with patches of `patch` px, and entropy in nats,
-    (B, heads) each; KL divergence in nats, mean over ordered pairs of different heads, (B, 1). (Dark Secrets, arXiv 2205.13543.)"""
-    p, (_, heads, N, _) = log_p.exp(), log_p.shape
-    at = torch.cartesian_prod(*2 * [torch.arange(math.isqrt(N)).to(p)])
-    distance = (p * (patch * torch.cdist(at, at))).sum(-1).mean(-1)         # Σ_k p(q,k)·|q − k|
-    entropy = torch.special.entr(p).sum(-1).mean(-1)                        # −Σ_k p·log p
-    crossed = -torch.einsum("bhqk,bgqk->bhg", p, log_p) / N                 # −Σ_k p_h·log p_g
-    return distance, entropy, (crossed - entropy[:, :, None]).sum((1, 2))[:, None] / max(1, heads * (heads - 1))   # a head from itself: 0
+    """Of log-attention (B, heads, N, N) among patches of `patch` px, as means over queries:
+    distance to the keys in pixels and entropy in nats, (B, heads) each; KL divergence in nats,
+    mean over ordered pairs of different heads, (B, 1). (Dark Secrets, arXiv 2205.13543.)"""
+    p = log_p.exp()
+    heads, N = log_p.shape[1:3]
+    side = torch.arange(math.isqrt(N)).to(p)
+    place = torch.cartesian_prod(side, side)
+    distance = (p * (patch * torch.cdist(place, place))).sum(-1).mean(-1)  # Σ_k p(q,k)·|q − k|
+    entropy = torch.special.entr(p).sum(-1).mean(-1)  # −Σ_k p·log p
+    crossed = -torch.einsum("bhqk,bgqk->bhg", p, log_p) / N  # −Σ_k p_h·log p_g
+    divergence = (crossed - entropy[:, :, None]).sum((1, 2))  # of a head from itself: 0
+    return distance, entropy, divergence[:, None] / max(1, heads * (heads - 1))
 
 
-def attention(study, s):
-    """How far heads look (a dot a head, the line their mean), how spread their attention is, and how much heads of a block differ. Dark Secrets'
-    plots of these find that masked image modeling keeps near and far heads in all blocks, and keeps them different, while in the last blocks
-    of a supervised model all look far and alike."""
-    if not isinstance(s.encoder, models.ViT):
-        raise NotFor(f"a {s.arch} has no attention")
-
-    def measures(image, *_):
-        z, found = s.encoder.embed(s.encoder.stem(image)), []
-        for block in s.encoder.blocks:
-            log_p = block.attn.log_attention(block.norm1(z))[..., 1:, 1:].log_softmax(-1)      # among patches, to a sum of 1
-            found.append(attention_measures(log_p, s.size / s.grid))
+def attention(c):
+    """How far heads look (a dot a head, the line their mean), how spread their attention is, and
+    how much heads of a block differ. Dark Secrets finds near and far heads in all blocks after
+    masked image modeling; in a supervised model's last blocks all look far and alike."""
+    if not isinstance(c.encoder, models.ViT):
+        return {}, f"not applicable: a {c.arch} has no attention", None
+    patch = c.size / c.grid
+    measures = []
+    for image, _, _ in batches(c):
+        z = c.encoder.embed(c.encoder.stem(image))
+        blocks = []
+        for block in c.encoder.blocks:
+            log_p = log_attention(block.attn, block.norm1(z))
+            log_p = log_p[..., 1:, 1:].log_softmax(-1)  # among patches, to a sum of 1
+            blocks.append(attention_measures(log_p, patch))
             z = block(z)
-        return [torch.stack(parts, 1) for parts in zip(*found)]             # (B, blocks, heads), the last (B, blocks, 1)
-
+        measures.append([torch.stack(parts, 1).cpu() for parts in zip(*blocks)])
     curves = {}
-    for quantity, values in zip(("attention distance, px", "entropy, nats", "KL divergence between heads, nats"), study.collect(s, measures)):
-        blocks, heads = list(range(1, values.shape[1] + 1)), [average(values)[0]] if values.shape[2] > 1 else []
-        curves[f"{quantity}, by block"] = blocks, *average(values.mean(2)), *heads
-    far, even, _ = attention_measures(torch.zeros(1, 1, s.grid ** 2, s.grid ** 2).log_softmax(-1), s.size / s.grid)
-    return curves, f"patches only, without the class token; uniform attention would have distance {far.item():.1f} and entropy {even.item():.2f}"
+    quantities = ["attention distance, px", "entropy, nats", "KL divergence between heads, nats"]
+    for quantity, parts in zip(quantities, zip(*measures)):
+        values = torch.cat(parts)  # (images, blocks, heads or 1)
+        heads = [average(values)[0]] if values.shape[2] > 1 else []
+        places = list(range(1, values.shape[1] + 1))
+        curves[f"{quantity}, by block"] = (places, *average(values.mean(2)), *heads)
+    uniform = torch.zeros(1, 1, c.grid ** 2, c.grid ** 2).log_softmax(-1)
+    distance, entropy, _ = attention_measures(uniform, patch)
+    note = f"uniform attention: {distance.item():.1f} px, {entropy.item():.2f} nats"
+    return curves, note, None
 
 
-# ------------------------------------------------------------------------------------------------ Dark Secrets: CKA, dropping layers
+# ---- Dark Secrets: similarity of layers, dropping layers
 
 def centred_gram(z):
-    """Linear kernel of the features (n, ...) of n images, U-centred (Székely and Rizzo, Annals of Statistics 2014), (n·n,) float64. The inner
-    product of two, over n(n − 3), is their unbiased HSIC (Song et al., JMLR 2012)."""
-    x, n = z.flatten(1).double(), len(z)
-    K = ((x - x.mean(0)) @ (x - x.mean(0)).T).fill_diagonal_(0)
+    """U-centred linear kernel of the features (n, ...) of n images, (n·n,) float64 (Székely and
+    Rizzo, 2014). The inner product of two, over n(n − 3), is their unbiased HSIC (Song et al.,
+    JMLR 2012)."""
+    n = len(z)
+    x = z.flatten(1).double()
+    x = x - x.mean(0)
+    K = (x @ x.T).fill_diagonal_(0)
     sums = K.sum(0)
-    return (K - (sums[:, None] + sums) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))).fill_diagonal_(0).flatten()
+    K = K - (sums[:, None] + sums) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))
+    return K.fill_diagonal_(0).flatten()
 
 
 def cka_of(hsic):
-    """HSIC of all pairs of layers (L, L), summed over minibatches -> CKA (Nguyen et al., arXiv 2010.15327)."""
+    """HSIC of all pairs of layers, (L, L) → CKA (Nguyen et al., arXiv 2010.15327)."""
     scale = hsic.diag().clamp(min=1e-300).sqrt()
     return hsic / scale.outer(scale)
 
 
 @functools.cache
-def hsic_of(study):
-    """HSIC of all layers of all subjects, (groups, L, L), each a sum over a tenth of the minibatches (memory does not grow with the
-    images); where each subject's layers end; images in a minibatch."""
-    sums, batch = {}, max(4, min(*(s.batch for s in study.subjects), study.images // 10))
-    for i, parts in enumerate(zip(*(study.batches(s, batch=batch, bar=s is study.subjects[0]) for s in study.subjects))):
-        if len(parts[0][0]) == batch:                                       # what is left over would weigh too much
-            grams = torch.stack([centred_gram(z) for s, part in zip(study.subjects, parts) for _, z in s.encoder.walk(part[0])])
-            sums[i % 10] = sums.get(i % 10, 0) + (grams @ grams.T).cpu() / (batch * (batch - 3))
-    return torch.stack(list(sums.values())), np.cumsum([0, *(len(s.points) for s in study.subjects)]).tolist(), batch
+def hsic_of(checkpoints, batch):
+    """HSIC of all layers of all models, (groups, L, L), summed over a tenth of the minibatches."""
+    sums = {}
+    streams = [batches(c, batch=batch) for c in checkpoints]
+    for i, parts in enumerate(zip(*streams)):
+        if len(parts[0][0]) < batch:  # what is left over would weigh too much
+            continue
+        grams = []
+        for c, (image, _, _) in zip(checkpoints, parts):
+            grams += [centred_gram(z) for _, z in walk(c.encoder, image)]
+        grams = torch.stack(grams)
+        hsic = (grams @ grams.T).cpu() / (batch * (batch - 3))
+        sums[i % 10] = sums.get(i % 10, 0) + hsic
+    return torch.stack(list(sums.values()))
 
 
-def cka(study, s):
-    """How alike two layers represent images (1: up to rotation and scale), from the stem, bottom left, to the last block. Dark Secrets' similarity
-    maps find the layers of a masked image model alike, while those of a supervised one drift."""
-    sums, ends, batch = hsic_of(study)
-    mine = slice(*ends[(at := study.subjects.index(s)):at + 2])
+def cka(c):
+    """How alike two layers represent images (1: up to rotation and scale), from the stem, bottom
+    left, to the last block. Dark Secrets finds the layers of a masked image model alike, while
+    those of a supervised one drift."""
+    batch = max(4, min(c.args.batch, c.args.images // 10))
+    sums = hsic_of(tuple(c.all), batch)
+    sizes = [len(other.layers) for other in c.all]
+    ends = np.cumsum([0, *sizes]).tolist()
+    at = c.all.index(c)
+    rows = slice(ends[at], ends[at + 1])
 
-    def means(hsic):                                                        # with each model; a layer with itself does not count
-        return torch.stack([part.nanmean() for part in cka_of(hsic).fill_diagonal_(math.nan)[mine].split(np.diff(ends).tolist(), 1)])
+    def means(hsic):  # with each model; a layer with itself does not count
+        similarity = cka_of(hsic).fill_diagonal_(math.nan)[rows]
+        return torch.stack([part.nanmean() for part in similarity.split(sizes, 1)])
 
-    curve = [other.name for other in study.subjects], *jackknife(sums, means)
-    note = f"all pairs of different layers; minibatches of {batch} images, ± over {len(sums)} groups of them"
-    return {"mean CKA of its layers with those of": curve}, note, dict(matrix=cka_of(sums.sum(0))[mine].tolist(), ends=ends)
-
-
-def layers(study, s):
-    """What a linear classifier gets from the features of the first blocks: where in the model is what tells classes apart? After Dark Secrets'
-    experiment of dropping the last layers, with a probe in place of fine-tuning."""
-    probes, own = fit_probes(study, s), [s.logits] if s.known else []
-
-    def guesses(image, _):
-        return [probe(z) for probe, z in zip(probes, pooled(s, image))] + [logits(image) for logits in own]
-
-    means, errors = average(accuracy(study, s, guesses))
-    curve, note = (s.points, means[:len(probes)], errors[:len(probes)]), f"fitted on {study.probe_images:,} images"
-    return {"top-1 of a linear probe, %, by layer": curve}, note + f"; its classifier, on all blocks: {means[-1]:.1f} ± {errors[-1]:.1f}" * bool(own)
+    curve = ([other.name for other in c.all], *jackknife(sums, means))
+    note = f"of different layers; ± over {len(sums)} groups of minibatches of {batch} images"
+    matrix = cka_of(sums.sum(0))[rows].tolist()
+    return {"mean CKA of its layers with those of": curve}, note, dict(matrix=matrix, ends=ends)
 
 
-ANALYSES = {  # name: (analysis, how to draw it)
-    "reconstruct": (reconstruct, draw_pictures), "interaction": (interaction, draw_curves), "occlusion": (occlusion, draw_curves),
-    "fourier": (fourier, draw_curves), "attention": (attention, draw_curves), "cka": (cka, draw_map), "layers": (layers, draw_curves)}
+def layers(c):
+    """What a linear classifier gets from the features of the first blocks: where in the model is
+    what tells classes apart? After Dark Secrets' experiment of dropping the last layers."""
+    hits = []
+    for image, label, _ in batches(c, labels=True):
+        scores = [probe(z) for probe, z in zip(fit_probes(c), c.pooled(image))]
+        hits.append(torch.stack([each.argmax(1) == label for each in scores], 1).cpu())
+    curve = (c.layers, *average(100.0 * torch.cat(hits)))
+    note = f"fitted on {c.args.probe_images:,} images"
+    return {"top-1 of a linear probe, %, by layer": curve}, note, None
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ---- checkpoints and images
 
-def chosen(text):
-    if odd := set(text.split(",")) - set(ANALYSES):
-        raise argparse.ArgumentTypeError(f"no analysis {min(odd)!r}: choose from {', '.join(ANALYSES)}")
-    return list(dict.fromkeys(text.split(",")))
+def walk(encoder, image, halves=False):
+    """Yields (name, feature map (B, C, h, w)) after the stem and every block, for normalised images
+    (B, C, S, S); with halves, after a ViT's attentions, too. Class token and final norm left out."""
+    z = encoder.stem(image)
+    yield "stem", z
+    if isinstance(encoder, models.ViT):
+        z = encoder.embed(z)
+        for i, block in enumerate(encoder.blocks, 1):
+            z = block.attend(z)
+            if halves:
+                yield f"{i}a", z[:, 1:].transpose(1, 2).unflatten(2, (encoder.grid, -1))
+            z = block.feed(z)
+            yield f"{i}", z[:, 1:].transpose(1, 2).unflatten(2, (encoder.grid, -1))
+    else:
+        for i, layer in enumerate(encoder.layers, 1):
+            blocks = layer if isinstance(layer, torch.nn.Sequential) else [layer]
+            for j, block in enumerate(blocks, 1):
+                z = block(z)
+                yield f"{i}.{j}", z
 
 
-def parse(argv):
-    harness.PROGRAM = "analyze.py"
-    parser = argparse.ArgumentParser("analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = harness.fail
-    option = parser.add_argument
-    option("checkpoints", nargs="+", metavar="CHECKPOINT", help="what to look at; several are drawn in one figure")
-    option("--only", type=chosen, default=list(ANALYSES), metavar="NAME[,NAME …]", help=f"of {', '.join(ANALYSES)} (all)")
-    option("--data", help="as for train.py; its held-out images are used (the first checkpoint's, or the built-in ones)")
-    option("--images", type=number(int, 8), default=64, help="how many of them, drawn by --seed (64)")
-    option("--probe-images", type=number(int, 8), default=2000, help="labelled training images for a probe (2000)")
-    option("--pairs", type=count, default=10, help="interaction: pairs of patches an image; the authors' is 50 (10)")
-    option("--contexts", type=count, default=10, help="interaction: contexts a pair and order; the authors' is 50 (10)")
-    option("--seed", type=int, default=0, help="of images, masks, dropped patches and games (0)")
-    option("--workers", type=number(int, 0), help="loader processes (the cores there are, at most 8)")
-    option("--out", help="folder of the results (one below runs/, named after the checkpoints)")
-    option("--overwrite", action="store_true", help="also where the analysis of something else lies")
-    return parser.parse_args(argv)
+class Checkpoint:
+    """A model under study: encoder; logits, its Predictor, or None; mim, its A2MIM, or None if the
+    file lacks decoder or token; layers, names of stem and blocks; grid, patches a side."""
 
+    def __init__(self, text, args):
+        # [NAME=]PATH[:ARCH]; a run is called after its folder
+        self.name, path, arch = re.fullmatch(r"(?:([^=/]+)=)?(.*?)(?::(\w+))?", text).groups()
+        folder, file = os.path.split(os.path.abspath(path))
+        if not self.name:
+            self.name = folder if file in ("last.pt", "best.pt") else os.path.splitext(file)[0]
+            self.name = os.path.basename(self.name)
+
+        model, about = weights.open_model(path, arch)
+        self.args = args
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = runtime.place(model, self.device).eval().requires_grad_(False)
+        missing = [name for name in about["missing"] if name.startswith(("decoder", "mask_token"))]
+        self.encoder = model.encoder
+        self.logits = model if isinstance(model, models.Predictor) else None
+        self.mim = None if self.logits or missing else model
+        vars(self).update(about)  # arch, size, channels, mean, std, classes, run
+        self.grid = getattr(self.encoder, "grid", self.size // 16 if self.size >= 128 else 8)
+        example = torch.zeros(1, self.channels, self.size, self.size, device=self.device)
+        self.layers = [name for name, _ in walk(self.encoder, example)]
+
+        # images as in its evaluation, masks as in its pre-training, or the usual ones
+        usual = self.size if "nano" in models.like(self.arch) else round(self.size * 256 / 224)
+        self.resize = self.run.get("test_resize") or usual
+        self.random_mask = masking.MASKS[self.run.get("mask", "random")]
+        self.mask_size = self.run.get("mask_size", 32)
+        self.mask_ratio = self.run.get("mask_ratio", 0.6)
+
+    def pooled(self, image):
+        """Features of the stem and each block, means over positions: [(B, C)]."""
+        return [z.mean((2, 3)) for _, z in walk(self.encoder, image)]
+
+
+def batches(c, split="val", labels=False, batch=None):
+    """Yields (images (B, C, S, S), labels (B,), position of the first), the same images for all
+    checkpoints. labels: only images that have one."""
+    args = c.args
+    source = c.images[split]
+    if labels:
+        source = Subset(source, np.flatnonzero(source.labels >= 0).tolist())
+    count = args.images if split == "val" else args.probe_images
+    chosen = torch.randperm(len(source), generator=data.generator(args.seed, split))[:count]
+    parts = chosen.split(batch or args.batch)
+    first = 0
+    for part in tqdm(parts, desc=c.name, leave=False, disable=None):  # on a terminal only
+        image = []
+        label = []
+        for position, index in enumerate(part.tolist(), first):
+            (pixels, kind), _ = data.readable(source, index, args.seed, 0, position)
+            image.append(data.evaluation_crop(pixels, c.resize, c.size))
+            label.append(kind)
+        image = data.normalize(torch.stack(image).to(c.device), c.mean, c.std)
+        yield image, torch.tensor(label).to(c.device), first
+        first += len(part)
+
+
+# ---- numbers and figures
+
+def average(samples):
+    """(mean, standard error) over images, the first axis."""
+    samples = samples.double()
+    return samples.mean(0).tolist(), (samples.std(0) / len(samples) ** 0.5).tolist()
+
+
+def jackknife(samples, statistic):
+    """(statistic of the samples' sum, its standard error by leaving out one after the other)."""
+    samples = samples.double()
+    total = samples.sum(0)
+    without = torch.stack([statistic(total - sample) for sample in samples])
+    error = (without.var(0, correction=0) * (len(samples) - 1)).sqrt()
+    return statistic(total).tolist(), error.tolist()
+
+
+def draw_curves(figure, curves, more):
+    """A panel a quantity, a line a checkpoint; of layers (names), over the share of the depth."""
+    figure.set_size_inches(1.5 + 4.5 * len(curves), 4.6)
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for ax, (quantity, each) in zip(axes, curves.items()):
+        title, _, where = quantity.rpartition(" by ")
+        for i, (name, (places, means, errors, *heads)) in enumerate(each.items()):
+            x = np.linspace(0, 1, len(places)) if where == "layer" else places
+            ax.errorbar(x, means, errors, marker=".", capsize=2, color=f"C{i}", label=name)
+            for dots in heads:
+                ax.plot(x, dots, "o", ms=4, color=f"C{i}", alpha=0.5)
+        ax.set(title=title.strip(","), xlabel=where.replace("layer", "depth: stem … last block"))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def draw_pictures(figure, curves, more):
+    """more: {checkpoint: {what: uint8 images (B, 3, S, S)}}, a row each."""
+    rows = {}
+    for pictures in more.values():
+        rows.update(pictures)
+    figure.set_size_inches(9, 1.15 * len(rows))
+    for ax, (what, row) in zip(figure.subplots(len(rows)), rows.items()):
+        ax.imshow(row.permute(2, 0, 3, 1).flatten(1, 2).numpy())
+        ax.set_ylabel(what, rotation=0, ha="right", va="center", fontsize=7)
+        ax.set(xticks=[], yticks=[])
+
+
+def draw_map(figure, curves, more):
+    """more: {checkpoint: its rows of the matrix of all layers; where those of each end}."""
+    figure.set_size_inches(3.5 + 2 * len(more), 2.5 + 2 * len(more))
+    ax = figure.subplots()
+    matrix = np.concatenate([each["matrix"] for each in more.values()])
+    image = ax.imshow(matrix, vmin=0, vmax=1, origin="lower", cmap="magma")
+    figure.colorbar(image, ax=ax, shrink=0.8, label="CKA")
+    starts = np.array(list(more.values())[0]["ends"][:-1]) - 0.5
+    ax.set_xticks(starts, list(more), ha="left")
+    ax.set_yticks(starts, list(more), rotation=90, va="bottom")
+    ax.grid(color="w")
+
+
+ANALYSES = dict(reconstruct=reconstruct, interaction=interaction, occlusion=occlusion,
+                fourier=fourier, attention=attention, cka=cka, layers=layers)
+FIGURES = dict(reconstruct=draw_pictures, cka=draw_map)  # all others: draw_curves
+
+
+# ---- command line
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):                                 # a terminal may know no ± or ²
-        getattr(stream, "reconfigure", dict)(errors="replace")
-    args = parse(argv)
+    parser = runtime.Parser("analyze.py", description=__doc__)
+    option = parser.add_argument
+    option("checkpoints", nargs="+", metavar="CHECKPOINT", help="several are drawn in one figure")
+    option("--only", default=",".join(ANALYSES), metavar="NAME[,NAME …]",
+           help=f"of {', '.join(ANALYSES)} (all)")
+    option("--data", help="as for train.py; its held-out images are used (the first checkpoint's)")
+    option("--images", type=int, default=64, help="how many of them, drawn by --seed (64)")
+    option("--probe-images", type=int, default=2000, help="training images for a probe (2000)")
+    option("--pairs", type=int, default=10, help="interaction: pairs an image (10; authors' 50)")
+    option("--contexts", type=int, default=10, help="interaction: contexts a pair (10; as above)")
+    option("--batch", type=int, default=64, help="images at once (64)")
+    option("--seed", type=int, default=0, help="of images, masks, dropped patches and games (0)")
+    option("--out", help="folder of the results (one below runs/, named after the checkpoints)")
+    args = parser.parse_args(argv)
+    analyses = args.only.split(",")
+    for name in analyses:
+        if name not in ANALYSES:
+            raise ValueError(f"no analysis {name!r}: choose from {', '.join(ANALYSES)}")
 
-    def work():
-        study = Study(args, ANALYSES)
-        for name in args.only:
-            study.perform(name)
-            study.write_index()
-        harness.say(f"\nLook at {study.out}/index.html")
+    # the checkpoints, and the images that all of them are shown
+    checkpoints = [Checkpoint(text, args) for text in args.checkpoints]
+    names = [c.name for c in checkpoints]
+    if len(set(names)) < len(names):
+        raise ValueError("give checkpoints different names: NAME=PATH")
+    source = args.data or checkpoints[0].run.get("data", "shapes")
+    size = max(c.size for c in checkpoints)
+    train = data.open_source(source, "train", size)
+    held_out = data.open_source(source, "val", size)
+    classes = list(held_out.classes)
+    args.images = min(args.images, len(held_out))
+    args.probe_images = min(args.probe_images, int((train.labels >= 0).sum()))
+    for key, least in dict(images=8, pairs=1, contexts=1, batch=4).items():
+        if getattr(args, key) < least:
+            raise ValueError(f"{key}: {getattr(args, key)}, where {least} or more are needed")
+    if min(args.probe_images, (held_out.labels >= 0).sum()) < 8 or len(classes) < 2:
+        print("no occlusion, no layers: they need images with labels, of two classes or more")
+        analyses = [name for name in analyses if name not in ("occlusion", "layers")]
+    for c in checkpoints:
+        c.all = checkpoints
+        c.images = dict(train=data.Channels(train, c.channels),
+                        val=data.Channels(held_out, c.channels))
+        same = c.classes is None or c.classes == classes
+        c.known = bool(c.logits) and c.logits.head.out_features == len(classes) and same
 
-    try:
-        harness.together(work)                                              # errors in one line
-    except KeyboardInterrupt:
-        harness.say("interrupted; what is finished is kept")
-        sys.exit(130)
+    out = args.out or os.path.join("runs", f"analysis-{'-'.join(names)}"[:160])
+    os.makedirs(out, exist_ok=True)
+    title = ", ".join(f"{c.name} ({c.arch}, {c.size} px)" for c in checkpoints)
+    what = f"{args.images} held-out images of {source}, seed {args.seed}"
+    print(f"{title}: {what}")
+    if not Figure:
+        print("no figures, only numbers: pip install matplotlib for them")
+    page = f"<!doctype html><meta charset=utf-8><h1>{html.escape(title)}</h1><p>{html.escape(what)}"
+
+    # one after the other: table, numbers, figure, and their section of the page
+    for name in analyses:
+        print(f"\n{name}", flush=True)
+        curves = {}
+        more = {}
+        lines = []
+        for c in checkpoints:
+            each, note, more[c.name] = ANALYSES[name](c)
+            lines.append(f"{c.name}: {note}")
+            for quantity, curve in each.items():
+                curves.setdefault(quantity, {})[c.name] = curve
+                rows = zip(*curve[:3])
+                cells = [f"{place}: {mean:.4g} ± {error:.2g}" for place, mean, error in rows]
+                lines.append(f"  {quantity}\n    {'   '.join(cells)}")
+        text = "\n".join(lines)
+        print(text, flush=True)
+        page += f"\n<h2>{name}</h2><p>{ANALYSES[name].__doc__}<pre>{html.escape(text)}</pre>"
+        results = dict(checkpoints=args.checkpoints, data=source, images=args.images,
+                       seed=args.seed, notes=lines, curves=curves)
+        if name == "cka":
+            results["more"] = more
+        with open(os.path.join(out, f"{name}.json"), "w") as file:
+            json.dump(results, file, allow_nan=False)
+        if curves and Figure:
+            figure = Figure(layout="constrained", dpi=120)
+            FIGURES.get(name, draw_curves)(figure, curves, more)
+            figure.savefig(os.path.join(out, f"{name}.png"))
+            page += f'<img src="{name}.png" style="max-width:100%">'
+        with open(os.path.join(out, "index.html"), "w") as file:
+            file.write(page)
+    print(f"\nLook at {out}/index.html")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.run(main)

@@ -1,9 +1,9 @@
 """How fast, against what, and how far from the limit.
 
-  python bench.py                                            all three tables
-  python bench.py loader --data path/to/photos photos.tar    from disk to batch, and the usual PIL pipeline
-  python bench.py loss                                       our frequency loss, and two FFTs of every image
-  python bench.py step --arch vit_b resnet50                 a training step, and the fastest matrix product
+  python bench.py                                     all three tables
+  python bench.py loader --data path/to/photos x.tar  from disk to batch; the usual PIL pipeline
+  python bench.py loss                                our frequency loss; two FFTs of every image
+  python bench.py step --arch vit_b resnet50          a step; the fastest matrix product
 
 What is compared runs in turn, again and again. Every figure is a median over --runs; a ratio is the
 median of the ratios run by run. Use an idle machine, and believe the ratios more than the times.
@@ -18,9 +18,8 @@ import time
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import functional as TF
+from torchvision import transforms
 
 import data
 import finetune
@@ -68,54 +67,32 @@ def ratio(over, under):
 
 # ---- from disk to batch
 
-class PILViews(Dataset):
-    """The usual pipeline: PIL decodes, crops and resizes; then floats, normalised in the worker.
+class PILViews(torch.utils.data.Dataset):
+    """The usual pipeline: PIL decodes, crops and resizes; floats are normalised in the worker."""
 
-    Boxes and masks are those of data.Crops and finetune.TrainViews.
-    """
-
-    def __init__(self, source, config, seed):
+    def __init__(self, source, size, scale, interpolation):
         self.source = source
-        self.config = config
-        self.seed = seed
+        self.transform = transforms.Compose([
+            transforms.RandomResizedCrop(size, scale, interpolation=interpolation),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(data.MEAN, data.STD)])
 
     def __getitem__(self, sample):
-        epoch, position, index = sample
-        config = self.config
-        size = config["img_size"]
-        draw = data.generator(self.seed, epoch, position)
-        image = Image.open(self.source.where(index)).convert("RGB")
-        box, flip = data.crop_box(image.height, image.width, config["crop_scale"], draw)
-        image = TF.resized_crop(image, *box, [size, size], config["interpolation"])
-        if flip:
-            image = TF.hflip(image)
-        image = TF.normalize(TF.to_tensor(image), data.MEAN, data.STD)
-        target = int(self.source.labels[index])
-        if config["mask"] is not None:
-            grid = size // config["mask_size"]
-            target = masking.MASKS[config["mask"]](1, grid, config["mask_ratio"], [draw])[0]
-        return image, target, False
-
-
-VIEWS = {  # crop: (ours, configuration)
-    "pre-training, bilinear": (data.Crops, dict(
-        crop_scale=(0.67, 1.0), interpolation=data.BILINEAR, mask="random", mask_ratio=0.6)),
-    "fine-tuning, bicubic": (finetune.TrainViews, dict(
-        crop_scale=(0.08, 1.0), interpolation=data.BICUBIC, mask=None, randaugment=None,
-        random_erasing=None)),
-}
+        image = Image.open(self.source.where(sample[2])).convert("RGB")
+        return self.transform(image)
 
 
 def write_photos(folder):
-    """For want of photographs, 300 built-in images, 500 × 375 px: a folder of JPEGs, and a tar."""
+    """For want of photographs, 300 built-in images of 500 px: a folder of JPEGs, and a tar."""
     photos = os.path.join(folder, "photos")
     os.mkdir(photos)
     world = shapes.Shapes(500, count=300)
     with tarfile.open(photos + ".tar", "w") as tar:
         for i in range(300):
             path = os.path.join(photos, f"{i:03}.jpg")
-            image = world[i][0][:, 62:437].permute(1, 2, 0)
-            Image.fromarray(image.numpy()).save(path, quality=95)
+            image = world[i][0].permute(1, 2, 0).numpy()
+            Image.fromarray(image).save(path, quality=95)
             tar.add(path, f"{i:03}.jpg")
     return [photos, photos + ".tar"]
 
@@ -124,8 +101,7 @@ def images_per_second(views, batch, workers, work=None, steps=20):
     """Of a loader, and of work(batch) on what it brings."""
     ahead = 3 * workers                                 # batches that the workers begin together
     batches = data.Batches(len(views.source), batch, batch, 0, ahead + steps)
-    loader = iter(DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=CUDA,
-                             worker_init_fn=data.ignore_signals))
+    loader = iter(data.loader(views, batches, workers))
     for step in range(ahead + steps):
         if step == ahead:
             began = clock()
@@ -136,10 +112,9 @@ def images_per_second(views, batch, workers, work=None, steps=20):
 
 
 def bench_loader(args):
-    """Images a second on one core, of the real loader: decoding, crop, mask, batching.
+    """Images a second on one core: decoding, crop (and ours: mask), batching.
 
-    difference: mean |ours − PIL's| over the crops, in 1/255; of a tar of smaller images, what their
-    resizing and compression changed included.
+    The bilinear crops are those of pre-training, the bicubic ones those of fine-tuning.
     """
     rows = []
     threads = torch.get_num_threads()
@@ -147,34 +122,25 @@ def bench_loader(args):
     with tempfile.TemporaryDirectory() as temporary:
         paths = args.data or write_photos(temporary)
         folder = data.Folder(paths[0], "train")
-        sources = {path: data.open_source(path, "train", 224) for path in paths}
+        batch = min(args.batch or 100, len(folder))
         size = 224 if min(folder[0][0].shape[-2:]) >= 224 else 32
-        for crop, (ours, config) in VIEWS.items():
-            config = config | dict(img_size=size, mask_size=size // 7)
-            views = {"PIL": PILViews(folder, config, 0)}
-            for path, source in sources.items():
-                views[path] = ours(source, config, 0)
-            batch = min(args.batch or 100, len(folder))
+        cfg = dict(img_size=size, mask="random", mask_size=size // 7, mask_ratio=0.6,
+                   randaugment=None, random_erasing=None)
+        # PIL and ours cut the same shares of the area, with the same interpolation
+        for ours, scale, interpolation in ((data.Crops, (0.67, 1.0), data.BILINEAR),
+                                           (finetune.TrainViews, (0.08, 1.0), data.BICUBIC)):
+            views = {"PIL": PILViews(folder, size, scale, interpolation)}
+            for path in paths:
+                source = data.open_source(path, "train", size)
+                views[path] = ours(source, cfg | dict(crop_scale=scale), 0)
             works = {name: (images_per_second, view, batch, 0) for name, view in views.items()}
             speeds = in_turn(args.runs, works)
-            for name, view in views.items():
-                row = {"crop": f"{crop}, {size} px", "from": name,
-                       "images/s": statistics.median(speeds[name]),
-                       "× PIL": ratio(speeds[name], speeds["PIL"])}
-                if name != "PIL":
-                    row["difference"] = difference(view, views["PIL"])
-                rows.append(row)
+            for name in views:
+                rows.append({"crop": f"{interpolation.value}, {size} px", "from": name,
+                             "images/s": statistics.median(speeds[name]),
+                             "× PIL": ratio(speeds[name], speeds["PIL"])})
     torch.set_num_threads(threads)
     return rows
-
-
-def difference(ours, pil):
-    """Mean absolute difference of a hundred crops, in 1/255."""
-    differences = []
-    for i in range(0, len(pil.source), max(1, len(pil.source) // 100)):
-        image = data.denormalize(pil[0, i, i][0][None])[0]
-        differences.append((ours[0, i, i][0].float() - image.float()).abs().mean().item())
-    return statistics.mean(differences)
 
 
 # ---- the loss
@@ -189,17 +155,13 @@ def two_ffts(reconstruction, target, mask):
     error = spectrum - torch.fft.fft2(target, norm="ortho").mean(0)
     power = error.real ** 2 + error.imag ** 2
     w = power.detach().sqrt().log1p()
-    return spatial + 0.1 * ((w / w.max()).clamp(0, 1) * power).mean()
-
-
-def ours(reconstruction, target, mask):
-    return losses.A2MIMLoss()(reconstruction, target, mask)["loss"]
+    return {"loss": spatial + 0.1 * ((w / w.max()).clamp(0, 1) * power).mean()}
 
 
 def bench_loss(args):
     """Forward and backward of A²MIM's loss for a ViT at 224 px.
 
-    value, gradient: the relative difference from those of two FFTs.
+    value, gradient: their relative differences from those of two FFTs.
     """
     batch = args.batch or 32
     image = torch.randn(batch, 3, 224, 224, device=DEVICE)
@@ -207,10 +169,10 @@ def bench_loss(args):
     reconstruction = torch.randn_like(image).requires_grad_()
 
     def evaluate(loss):
-        value = loss(reconstruction, image, mask)
+        value = loss(reconstruction, image, mask)["loss"]
         return value.detach(), torch.autograd.grad(value, reconstruction)[0]
 
-    functions = {"two FFTs": two_ffts, "ours": ours}
+    functions = {"two FFTs": two_ffts, "ours": losses.A2MIMLoss()}
     works = {name: (seconds, evaluate, loss) for name, loss in functions.items()}
     times = in_turn(args.runs, works)
     value, gradient = evaluate(two_ffts)
@@ -230,87 +192,84 @@ PARTS = ("bytes to floats", "forward", "loss", "backward", "optimizer")
 
 
 class Step:
-    """A step of train.py on random images: from bytes on the device to updated weights."""
+    """train.py's step, with a model, loss and optimizer of its own."""
 
-    def __init__(self, arch, batch):
-        cfg = recipes.pretraining(["--arch", arch], "")[0]
+    def __init__(self, cfg, compiled=False):
         model = models.build(cfg.arch, cfg.img_size, mask_layer=cfg.mask_layer, token=cfg.token,
                              fill=cfg.fill, drop_path=cfg.drop_path or 0.0)
         self.cfg = cfg
         self.model = runtime.place(model, DEVICE).train()
+        self.replica = torch.compile(self.model) if compiled else self.model
         self.criterion = losses.A2MIMLoss(
             cfg.spatial_loss, cfg.frequency_loss, cfg.frequency_weight,
             cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
         self.optimizer = optim.make_optimizer(self.model, cfg)
         self.autocast, self.scaler = runtime.precision("auto", DEVICE)
-        size = (batch, cfg.channels, cfg.img_size, cfg.img_size)
-        self.image = torch.randint(0, 256, size, dtype=torch.uint8).to(DEVICE)
-        grid = cfg.img_size // cfg.mask_size
-        self.mask = masking.random_mask(batch, grid, cfg.mask_ratio).to(DEVICE)
 
-    def take(self, replica, clock=time.perf_counter):
-        """Take the step. Returns what the clock says before it and after each of PARTS."""
+    def take(self, loaded, clock=time.perf_counter):
+        """The step on a batch. Returns times before it and after each of PARTS."""
         times = [clock()]
-        statistics = optim.statistics(self.model)
-        image = data.normalize(self.image, self.cfg.mean, self.cfg.std)
+        image = loaded[0].to(DEVICE, non_blocking=True)
+        mask = loaded[1].to(DEVICE, non_blocking=True)
+        image = data.normalize(image, self.cfg.mean, self.cfg.std)
+        batchnorm = optim.statistics(self.model)
         times.append(clock())
         with self.autocast:
-            reconstruction = replica(image, self.mask)
+            reconstruction = self.replica(image, mask)
         times.append(clock())
-        loss = self.criterion(reconstruction, image, self.mask)["loss"]
+        loss = self.criterion(reconstruction, image, mask)["loss"]
         times.append(clock())
         self.scaler.scale(loss).backward()
         times.append(clock())
-        optim.update(self.model, self.optimizer, self.scaler, self.cfg.clip, loss.detach(), statistics)
+        clip = self.cfg.clip
+        optim.update(self.model, self.optimizer, self.scaler, clip, loss.detach(), batchnorm)
         times.append(clock())
         return times
 
-    def take_on(self, loaded):
-        """Take the step on a batch that a loader brought."""
-        self.image = loaded[0].to(DEVICE, non_blocking=True)
-        self.mask = loaded[1].to(DEVICE, non_blocking=True)
-        self.take(self.model)
 
-    def flops(self):
-        """Of matrix products and convolutions, forward and backward, for one image."""
-        with FlopCounterMode(display=False) as counter:
-            self.take(self.model)
-        return counter.get_total_flops() / len(self.image)
-
-    def peak(self, runs):
-        """FLOP/s of the fastest square matrix product, in the precision of the step."""
-        works = {}
-        for n in (2048, 4096, 8192) if CUDA else (1024, 2048, 4096):
-            square = torch.randn(n, n, device=DEVICE)
-            with self.autocast:
-                square = square @ square                # has the dtype that autocast computes in
-            works[n] = (seconds, torch.matmul, square, square)
-        times = in_turn(runs, works)
-        return max(2 * n ** 3 / statistics.median(times[n]) for n in works)
+def matmul_peak(autocast, runs):
+    """FLOP/s of the fastest square matrix product, in the dtype that autocast computes in."""
+    works = {}
+    for n in (2048, 4096, 8192) if CUDA else (1024, 2048, 4096):
+        square = torch.randn(n, n, device=DEVICE)
+        with autocast:
+            square = square @ square
+        works[n] = (seconds, torch.matmul, square, square)
+    times = in_turn(runs, works)
+    return max(2 * n ** 3 / statistics.median(times[n]) for n in works)
 
 
 def bench_step(args):
-    """Training steps, compiled and not, and with --data on what a loader brings.
+    """Training steps on random images, and with --data on what a loader brings.
 
-    FLOP/s are those of matrix products and convolutions, the peak is the fastest matrix product's.
+    FLOP/s: of matrix products and convolutions; their peak: of the fastest matrix product.
     """
-    sources = {path: data.open_source(path, "train", 224) for path in args.data}
     rows = []
+    sources = {path: data.open_source(path, "train", 224) for path in args.data}
     for arch in args.arch:
+        cfg = recipes.pretraining(["--arch", arch], "")[0]
         batch = args.batch or (recipes.RECIPES[arch]["micro_batch"] if CUDA else 8)
-        step = Step(arch, batch)
-        flops = step.flops()
-        peak = step.peak(args.runs)
-        replicas = {"eager": step.model}
+        size = (batch, 3, cfg.img_size, cfg.img_size)
+        image = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
+        grid = cfg.img_size // cfg.mask_size
+        mask = masking.random_mask(batch, grid, cfg.mask_ratio).to(DEVICE)
+
+        # the steps to compare, how much they have to compute, and how fast the machine could do it
+        eager = Step(cfg)
+        steps = {"eager": eager}
         if not args.eager:
-            replicas["compiled"] = torch.compile(step.model)
+            steps["compiled"] = Step(cfg, compiled=True)
+        with FlopCounterMode(display=False) as counter:
+            eager.take((image, mask))
+        flops = counter.get_total_flops() / batch
+        peak = matmul_peak(eager.autocast, args.runs)
 
         # whole steps; then, with the device waited for after each, their parts
-        works = {how: (seconds, step.take, replica) for how, replica in replicas.items()}
+        works = {how: (seconds, step.take, (image, mask)) for how, step in steps.items()}
         times = in_turn(args.runs, works)
-        works = {how: (step.take, replica, clock) for how, replica in replicas.items()}
+        works = {how: (step.take, (image, mask), clock) for how, step in steps.items()}
         parts = in_turn(args.runs, works)
-        for how in replicas:
+        for how in steps:
             speed = batch / statistics.median(times[how])
             row = {"arch": arch, "how": how, "batch": batch, "images/s": speed,
                    "× eager": ratio(times["eager"], times[how]), "TFLOP/s": flops * speed / 1e12,
@@ -320,12 +279,13 @@ def bench_step(args):
                 row[f"{part} %"] = 100 * statistics.median(shares)
             rows.append(row)
 
+        # the same steps, waiting for images where the loader is slower than they are
         for path, source in sources.items():
-            views = data.Crops(source, step.cfg, 0)
-            speed = images_per_second(views, batch, runtime.workers(), step.take_on)
-            rows.append({"arch": arch, "how": f"eager, fed from {path}", "batch": batch,
+            crops = data.Crops(source, cfg, 0)
+            speed = images_per_second(crops, batch, runtime.workers(), eager.take)
+            rows.append({"arch": arch, "how": f"eager, from {path}", "batch": batch,
                          "images/s": speed,
-                         "× eager": speed / batch * statistics.median(times["eager"])})
+                         "× eager": speed * statistics.median(times["eager"]) / batch})
     return rows
 
 
@@ -347,22 +307,21 @@ def show(rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-    print()
 
 
 def main(argv=None):
     parser = runtime.Parser("bench.py", description=__doc__)
     option = parser.add_argument
     option("table", nargs="?", choices=TABLES, help="which table (all)")
-    option("--data", nargs="+", default=[], help="loader: a folder of images, and what to compare, "
-           "such as a tar of it (300 built-in ones); step: what to feed it from, too")
+    option("--data", nargs="+", default=[], help="loader: a folder of images, then what to compare "
+           "with it, such as a tar (300 built-in images); step: what to feed it from, too")
     option("--arch", nargs="+", default=["vit_b", "resnet50"], choices=recipes.RECIPES,
            metavar="ARCH", help="step: architectures (vit_b resnet50)")
     option("--batch", type=int,
            help="images (loader: 100; loss: 32; step: 8, on a GPU the recipe's micro-batch)")
     option("--runs", type=int, default=5, help="repetitions, of which medians are taken (5)")
-    option("--eager", action="store_true", help="step: without torch.compile (it needs a compiler)")
-    option("--json", action="store_true", help="print JSON, not text")
+    option("--eager", action="store_true", help="step: no torch.compile, which needs a compiler")
+    option("--json", action="store_true", help="print JSON, not tables")
     args = parser.parse_args(argv)
 
     device = torch.cuda.get_device_name() if CUDA else torch.backends.cpu.get_cpu_capability()
@@ -373,10 +332,8 @@ def main(argv=None):
         if not args.json:
             print(f"{name}: {TABLES[name].__doc__.strip()}\n")
             show(results[name])
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in machine.items()))
+            print()
+    print(json.dumps(results, indent=2) if args.json else machine)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Images, from wherever they are to batches of uint8 crops; everything after happens on the device.
 
-A *source* is a list of images: `source[i]` → (uint8 (C, H, W), label), `len(source)`, `source.labels`
-(an array; −1 is none), `source.classes` (names). All randomness of a sample is keyed by (seed, epoch,
-position in the epoch): workers, processes and accumulation steps do not change the samples.
+A *source* is a list of images: `source[i]` → (uint8 (C, H, W), label), `len(source)`,
+`source.labels` (an array; −1 is none), `source.classes` (names). All randomness of a sample is keyed
+by (seed, epoch, position in the epoch): workers, processes and accumulation do not change it.
 """
 import atexit
 import contextlib
@@ -46,7 +46,7 @@ LARGEST = 8 * Image.MAX_IMAGE_PIXELS                    # bytes of a file, 716 M
 # ---- random streams
 
 def key(*numbers):
-    """A seed for each tuple of integers: their hash (PyTorch's CPU generator takes its low 32 bits)."""
+    """A seed for each tuple of integers: their hash (PyTorch's generator takes its low 32 bits)."""
     text = "/".join(map(str, numbers)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -107,18 +107,14 @@ def read_image(path):
 
 # ---- sources: folders
 
-def first_folder(path):
-    return path.split("/")[0] if "/" in path else ""
-
-
 class Files:
     """What images in a folder or a tar have in common: what their names say.
 
-    The class of an image is its first folder (−1: none), below train/ and val/ (or valid/, test/) if
-    both are there. Otherwise a hundredth of the images, at least 8 of 32, is held out, evenly spaced.
-    split: "train"; "val"; "test", the same as val, but all images where there is no train/; "all", with
-    train/ and val/ as folders like others. `paths`: the images' names (bytes) below `root`; `empty`:
-    the folders there without an image.
+    The class of an image is its first folder (−1: none), below train/ and val/ (or valid/, test/)
+    if both are there. Otherwise a hundredth of the images, at least 8 of 32, is held out, evenly
+    spaced. split: "train"; "val"; "test", the same as val, but all images where there is no train/;
+    "all", with train/ and val/ as folders like others. `paths`: the images' names (bytes) below
+    `root`; `empty`: the folders there without an image.
     """
 
     def arrange(self, root, names, folders, split):
@@ -141,7 +137,7 @@ class Files:
         if not chosen:
             raise ValueError(f"no images in {self.root} ({' '.join(EXTENSIONS)})")
         paths = [names[i][len(prefix):] for i in chosen]
-        classes = [first_folder(path) for path in paths]
+        classes = [path.split("/")[0] if "/" in path else "" for path in paths]
         self.classes = sorted(set(classes) - {""})
         number = {name: label for label, name in enumerate(["", *self.classes], -1)}
         there = {name[len(prefix):].split("/")[0] for name in folders if name.startswith(prefix)}
@@ -203,30 +199,26 @@ def find_tars(path):
 
 
 def scan_tar(path):
-    """A tar's images: places (offset, size), names; and folders. Raises ValueError."""
-    places = {}
-    folders = {}
+    """Names in a tar, and (offset, size) of each image; a folder's size is −1. Raises ValueError."""
+    entries = {"": (0, -1)}
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in iter(tar.next, None):
                 tar.members.clear()                     # or a kilobyte of each would stay in memory
                 name = posixpath.normpath(member.name).lstrip("/")
-                folders[name if member.isdir() else posixpath.dirname(name)] = True
-                places.pop(name, None)                  # of duplicate names, the last counts
+                entries.pop(name, None)                 # of duplicate names, the last counts
                 if name.lower().endswith(EXTENSIONS) and member.isreg() and not member.issparse():
-                    places[name] = (member.offset_data, member.size)
+                    entries[name] = (member.offset_data, member.size)
+                entries.setdefault(name if member.isdir() else posixpath.dirname(name), (0, -1))
             tar.fileobj.seek(tar.offset)
             complete = tar.fileobj.read(512) == bytes(512)          # the mark at the end
     except tarfile.TarError:
         complete = False
     if not complete:
-        raise ValueError(f"{path} is no plain tar, or was cut: if it is compressed, unpack it first "
-                         "(gunzip, unxz, zstd -d), else copy it again")
-    index = {"places": np.array([*places.values()], np.int64).reshape(-1, 2)}
-    for kind, names in (("names", places), ("folders", folders)):
-        text = "\0".join(names).encode("utf-8", "surrogateescape")
-        index[kind] = np.frombuffer(text, np.uint8)
-    return index
+        raise ValueError(f"{path} is no plain tar, or was cut: if it is compressed, unpack it "
+                         "first (gunzip, unxz, zstd -d), else copy it again")
+    names = "\0".join(entries).encode("utf-8", "surrogateescape")
+    return np.frombuffer(names, np.uint8), np.array(list(entries.values()), np.int64)
 
 
 @functools.cache
@@ -236,17 +228,17 @@ def tar_index(path, size, mtime_ns):
     with contextlib.suppress(Exception):                # there is none yet, or it is damaged
         with np.load(beside) as file:
             if file["stamp"].tolist() == [size, mtime_ns]:
-                return {kind: file[kind] for kind in ("places", "names", "folders")}
-    index = scan_tar(path)
+                return file["names"], file["places"]
+    names, places = scan_tar(path)
     try:
         temporary = f"{beside}.{os.getpid()}"
         with open(temporary, "wb") as file:
-            np.savez(file, stamp=[size, mtime_ns], **index)
+            np.savez(file, stamp=[size, mtime_ns], names=names, places=places)
         os.replace(temporary, beside)
     except OSError as error:
         print(f"{beside} cannot be written ({error.strerror}): each start will read all of the tar",
               file=sys.stderr)
-    return index
+    return names, places
 
 
 @functools.lru_cache(200)                               # systems limit how many may be open
@@ -263,23 +255,22 @@ class Tar(Files):
     def __init__(self, path, split):
         self.tars = []                                  # (path, size, time of change)
         names = []
-        folders = []
         places = []
         for number, tar in enumerate(find_tars(path)):
             status = os.stat(tar)
             self.tars.append((tar, status.st_size, status.st_mtime_ns))
-            index = tar_index(*self.tars[number])
-            # names below path: a tar in a folder train/ holds images of train/
-            folder = "" if tar == path else os.path.relpath(os.path.dirname(tar), path)
-            for kind, collected in (("names", names), ("folders", folders)):
-                text = index[kind].tobytes().decode("utf-8", "surrogateescape")
-                inside = text.split("\0") if text else []
-                if folder not in ("", "."):
-                    inside = [f"{folder}/{name}" for name in inside]
-                collected += inside
-            places.append(np.insert(index["places"], 0, number, axis=1))
-        chosen = self.arrange(path, names, folders, split)
-        self.places = np.concatenate(places)[chosen]    # (N, 3): number of the tar, offset, size
+            text, place = tar_index(*self.tars[number])
+            inside = text.tobytes().decode("utf-8", "surrogateescape").split("\0")
+            folder = os.path.dirname(tar.removeprefix(path).lstrip("/"))
+            if folder:                                  # a tar in train/ holds images of train/
+                inside = [f"{folder}/{name}" for name in inside]
+            names += inside
+            places.append(np.insert(place, 0, number, axis=1))
+        names = np.array(names, object)
+        places = np.concatenate(places)                 # (number of the tar, offset, size)
+        is_image = places[:, 2] >= 0
+        chosen = self.arrange(path, names[is_image].tolist(), names[~is_image].tolist(), split)
+        self.places = places[is_image][chosen]
 
     def __getitem__(self, index):
         number, offset, size = self.places[index].tolist()
@@ -295,8 +286,8 @@ class Tar(Files):
 # ---- sources: what else --data takes
 
 class Download:
-    """A torchvision data set of bytes, (N, H, W), (N, H, W, 3) or (N, 3, H, W), fetched to `root` when
-    first asked for. Raises ValueError if it cannot be."""
+    """A torchvision data set of bytes, (N, H, W), (N, H, W, 3) or (N, 3, H, W), fetched to `root`
+    when first asked for. Raises ValueError if it cannot be."""
 
     def __init__(self, cls, root="downloads", **split):
         try:
@@ -356,7 +347,7 @@ SOURCES = {  # name: source of a split ("train", "val", "test") for a model of `
 
 def open_source(data, split, size, channels=None):
     """The source behind --data: a row of SOURCES, a tar or a folder of tars, or a folder of images
-    (./shapes for one of that name). channels: of all images; None: as they are. Raises ValueError."""
+    (./shapes for one of that name). channels: of all images; None: as they are."""
     if data in SOURCES:
         source = SOURCES[data](split, size)
     elif find_tars(data):
@@ -368,12 +359,17 @@ def open_source(data, split, size, channels=None):
     return Channels(source, channels)
 
 
+def name_of(data):
+    """What to call --data in the name of a run."""
+    return os.path.basename(os.path.normpath(data)).removesuffix(".tar")
+
+
 # ---- crops
 
 def crop_box(height, width, scale, generator, ratio=(3 / 4, 4 / 3)):
     """((top, left, height, width), flip): a box with a share `scale` (low, high) of the area and an
-    aspect in `ratio`, and a coin. The distribution is that of torchvision's RandomResizedCrop, which
-    takes no generator: ten tries, then the largest centred box that fits."""
+    aspect in `ratio`, and a coin. The distribution is that of torchvision's RandomResizedCrop,
+    which takes no generator: ten tries, then the largest centred box that fits."""
     *draws, coin = torch.rand(41, generator=generator).tolist()
     low = math.log(ratio[0])
     high = math.log(ratio[1])
@@ -391,11 +387,13 @@ def crop_box(height, width, scale, generator, ratio=(3 / 4, 4 / 3)):
     return ((height - h) // 2, (width - w) // 2, h, w), coin < 0.5
 
 
-def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3), interpolation=BILINEAR):
-    """A random box (see `crop_box`) of a uint8 image (C, H, W) → (C, size, size), antialiased, flipped
-    half the time."""
+def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3),
+                        interpolation=BILINEAR):
+    """A random box (see `crop_box`) of a uint8 image (C, H, W) → (C, size, size), antialiased,
+    flipped half the time."""
     (top, left, h, w), flip = crop_box(*image.shape[-2:], scale, generator, ratio)
-    crop = image[None, :, top:top + h, left:left + w]   # PyTorch resizes bytes as they are
+    # bytes are resized as they are, and faster where channels lie together, as decoders put them
+    crop = image[None, :, top:top + h, left:left + w].contiguous(memory_format=torch.channels_last)
     crop = F.interpolate(crop, (size, size), mode=interpolation.value, antialias=True)[0]
     return crop.flip(-1) if flip else crop
 
@@ -411,7 +409,7 @@ def evaluation_crop(image, resize, size):
     central (C, size, size)."""
     height, width = image.shape[-2:]
     short = min(height, width)
-    if max(height, width) > 4 * short:                  # a long strip, resized, would fill the memory
+    if max(height, width) > 4 * short:                  # a long strip, resized, might fill memory
         image = TF.center_crop(image, [min(height, 4 * short), min(width, 4 * short)])
     return TF.center_crop(TF.resize(image, [resize], BICUBIC, antialias=True), [size, size])
 
@@ -421,14 +419,15 @@ def evaluation_crop(image, resize, size):
 class Batches:
     """This process's share of the stream of micro-batches, as lists of (epoch, position, index).
 
-    Each epoch is a permutation of `images` indices, cut into batches of `batch_size` (what is left over
-    is dropped) and these into micro-batches, dealt to the `world` processes in turn. Steps run from
-    `start` to `stop`, across epochs: a run continues anywhere without replaying what came before. With
-    repeats = r, an epoch as long takes an r-th of the images, each r times, spread over a batch
-    (repeated augmentation, Hoffer et al., arXiv 1901.09335). Raises ValueError.
+    Each epoch is a permutation of `images` indices, cut into batches of `batch_size` (what is left
+    over is dropped) and these into micro-batches, dealt to the `world` processes in turn. Steps run
+    from `start` to `stop`, across epochs: a run continues anywhere without replaying what came
+    before. With repeats = r, an epoch as long takes an r-th of the images, each r times, spread over
+    a batch (repeated augmentation, Hoffer et al., arXiv 1901.09335). Raises ValueError.
     """
 
-    def __init__(self, images, batch_size, micro_batch, start, stop, seed=0, rank=0, world=1, repeats=1):
+    def __init__(self, images, batch_size, micro_batch, start, stop, seed=0, rank=0, world=1,
+                 repeats=1):
         if images < batch_size:
             raise ValueError(f"{images} training images make no batch of {batch_size}: "
                              "give more, or a smaller --batch-size")
@@ -448,7 +447,7 @@ class Batches:
     def __iter__(self):
         shuffled = None
         positions = torch.arange(self.batch_size)
-        spread = (positions % self.repeats).argsort(stable=True)    # neighbours are different images
+        spread = (positions % self.repeats).argsort(stable=True)    # neighbours differ
         for step in self.steps:
             epoch, first = divmod(step, self.steps_per_epoch)
             first *= self.batch_size
@@ -462,8 +461,8 @@ class Batches:
 
 
 def readable(source, index, *numbers):
-    """(source[index], False); where that cannot be read, a warning and (another image's, True), drawn by
-    these numbers. Raises BadImage if none of a hundred others can be read."""
+    """(source[index], False); where that cannot be read, a warning and (another image's, True),
+    drawn by these numbers. Raises BadImage if none of a hundred others can be read."""
     try:
         return source[index], False
     except BadImage as error:
@@ -478,8 +477,8 @@ def readable(source, index, *numbers):
 
 
 class Crops(torch.utils.data.Dataset):
-    """What pre-training sees of a source at (epoch, position, index): a crop, uint8 (C, S, S); a mask,
-    float32 (g, g); and whether another image stands in for an unreadable one."""
+    """What pre-training sees of a source at (epoch, position, index): a crop, uint8 (C, S, S); a
+    mask, float32 (g, g); and whether another image stands in for an unreadable one."""
 
     def __init__(self, source, config, seed):
         self.source = source
@@ -502,12 +501,12 @@ class Crops(torch.utils.data.Dataset):
 
 @functools.cache
 def constants(device, mean, std):
-    """Mean and deviation of bytes, (C, 1, 1) each, made once for a device: a copy stops the host."""
+    """Mean and deviation of bytes, (C, 1, 1) each, made once: a copy stops the host."""
     return tuple(255 * torch.tensor(c, device=device).view(-1, 1, 1) for c in (mean, std))
 
 
 def normalize(image, mean=MEAN, std=STD):
-    """uint8 (B, C, H, W) → float32 on its device, of mean 0 and deviation 1 if these are the data's."""
+    """uint8 (B, C, H, W) → float32, of mean 0 and deviation 1 where these are the data's."""
     mean, std = constants(image.device, tuple(mean), tuple(std))
     return (image - mean) / std
 
@@ -541,6 +540,13 @@ def ignore_signals(worker=None):
     """What stops a run is for its main process: without workers it could not finish the step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def loader(dataset, batches, workers):
+    """The batches, made ahead of time by so many processes; by this one if 0."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals)
 
 
 @atexit.register

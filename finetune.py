@@ -35,17 +35,16 @@ import shapes
 import weights
 
 
-# ---- tasks: what a head predicts, and how it is judged
+# ---- tasks: what a head predicts, and how that is judged
 
 class Classification:
     """Which class: logits (B, K); targets (B, K) in training, labels (B,) in tests."""
-    pool = "mean"                                       # of model.Predictor
-    outputs = None                                      # one for each class
-    metric = "top1"                                     # the one that counts
-    sign = 1                                            # more is better
+    pool = "mean"       # of model.Predictor
+    outputs = None      # one for each class
+    metric = "top1"     # the one that counts
+    sign = 1            # more is better
 
-    @staticmethod
-    def loss(logits, target, cfg):
+    def loss(self, logits, target, cfg):
         smoothing = cfg["label_smoothing"] or 0.0
         if cfg["loss"] == "ce":
             return F.cross_entropy(logits, target, label_smoothing=smoothing)
@@ -53,13 +52,11 @@ class Classification:
         target = target * (1 - smoothing) + smoothing / target.shape[1]
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
 
-    @staticmethod
-    def sums(logits, label, size):
+    def sums(self, logits, label, size):
         hits = logits.topk(min(5, logits.shape[1])).indices == label[:, None]
         return torch.stack([hits[:, 0].sum(), hits.sum()])
 
-    @staticmethod
-    def metrics(sums, n):
+    def metrics(self, sums, n):
         return dict(top1=100 * sums[0] / n, top5=100 * sums[1] / n)
 
 
@@ -70,26 +67,24 @@ class Pose:
     metric = "angle_deg"
     sign = -1
 
-    @staticmethod
-    def encode(pose):
-        """Centre x and y, radius, angle -> x, y, radius, cos and sin of the angle, of variance 1 or so."""
+    def encode(self, pose):
+        """Centre, radius, angle -> centre, radius, cos and sin of the angle, of variance 1 or so."""
         x, y, radius, angle = pose.unbind(1)
-        return torch.stack([8 * (x - 0.5), 8 * (y - 0.5), 16 * (radius - 0.35), angle.cos(), angle.sin()], 1)
+        return torch.stack(
+            [8 * (x - 0.5), 8 * (y - 0.5), 16 * (radius - 0.35), angle.cos(), angle.sin()], 1)
 
-    @staticmethod
-    def loss(output, pose, cfg):
-        return F.mse_loss(output, Pose.encode(pose))
+    def loss(self, output, pose, cfg):
+        return F.mse_loss(output, self.encode(pose))
 
-    @staticmethod
-    def sums(output, pose, size):
-        error = output - Pose.encode(pose)
+    def sums(self, output, pose, size):
+        error = output - self.encode(pose)
+        centre = error[:, :2].norm(dim=1).sum() / 8 * size
+        radius = error[:, 2].abs().sum() / 16 * size
         turn = torch.atan2(output[:, 4], output[:, 3]) - pose[:, 3]
-        turn = torch.atan2(turn.sin(), turn.cos()).abs()                    # the shorter way round
-        return torch.stack([error[:, :2].norm(dim=1).sum() / 8 * size, error[:, 2].abs().sum() / 16 * size,
-                            turn.rad2deg().sum()])
+        turn = torch.atan2(turn.sin(), turn.cos()).abs()        # the shorter way round
+        return torch.stack([centre, radius, turn.rad2deg().sum()])
 
-    @staticmethod
-    def metrics(sums, n):
+    def metrics(self, sums, n):
         return dict(centre_px=sums[0] / n, scale_px=sums[1] / n, angle_deg=sums[2] / n)
 
 
@@ -100,62 +95,60 @@ class Mask:
     metric = "miou"
     sign = 1
 
-    @staticmethod
-    def loss(logits, mask, cfg):
+    def loss(self, logits, mask, cfg):
         return F.binary_cross_entropy_with_logits(logits[:, 0], mask.float())
 
-    @staticmethod
-    def sums(logits, mask, size):
-        """Pixels that both, and either, call object; and background."""
-        object_ = logits[:, 0] > 0
-        return torch.stack([(object_ & mask).sum(), (object_ | mask).sum(),
-                            (~object_ & ~mask).sum(), (~object_ | ~mask).sum()])
+    def sums(self, logits, mask, size):
+        """Intersection and union of object pixels, then of background pixels."""
+        guess = logits[:, 0] > 0
+        return torch.stack([(guess & mask).sum(), (guess | mask).sum(),
+                            (~guess & ~mask).sum(), (~guess | ~mask).sum()])
 
-    @staticmethod
-    def metrics(sums, n):
+    def metrics(self, sums, n):
         return dict(miou=50 * (sums[0] / sums[1] + sums[2] / sums[3]))
 
 
-TASKS = {"class": Classification, "pose": Pose, "mask": Mask}
+TASKS = {"class": Classification(), "pose": Pose(), "mask": Mask()}
 
+
+# ---- from start to end
 
 def main(argv=None):
     # configuration: how to train (a protocol, and the user's changes), and how to run it
-    cfg, args, checkpoint = protocols.finetuning(argv, __doc__)
+    cfg, args, init = protocols.finetuning(argv, __doc__)
     if args.print_config:
         print(json.dumps(cfg, indent=2))
         return
     task = TASKS[args.task]
-    frozen = args.freeze or cfg.protocol == "linear"
     trains = not args.eval and cfg.protocol != "knn"
 
-    # processes
+    # processes; the first one prints and saves
     rank, world, device = runtime.setup(args.deterministic)
-    cuda = device.type == "cuda"
-    master_process = rank == 0                          # this process prints and saves
+    master_process = rank == 0
+    workers = runtime.workers(args.workers)
 
     # data: a step sees batch_size images, in `accumulate` micro-batches on each of `world` processes
-    with runtime.local_first():                         # which may have to download, or to list an archive
+    with runtime.local_first():
         held_out, classes = open_labelled(cfg, "test" if args.eval else "val", args.task)
-        source, learned = held_out, classes
+        source = held_out
         if not args.eval:
-            source, learned = open_labelled(cfg, "train", args.task)
-    if learned != classes:
-        name = min(set(classes) ^ set(learned))
-        where = "train" if name in learned else "val"
-        raise ValueError(f"the classes of {cfg.data} do not match: {name!r} is in {where} only")
+            source, train_classes = open_labelled(cfg, "train", args.task)
+            if train_classes != classes:
+                odd = sorted(set(classes) ^ set(train_classes))
+                raise ValueError(f"train and val of {cfg.data} have different classes: {odd[0]!r} is "
+                                 "in one of them only")
     if args.labels:
         if args.labels > len(source):
             raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
         order = torch.randperm(len(source), generator=data.generator(args.seed, "labels"))
         source = torch.utils.data.Subset(source, order[:args.labels].tolist())
-    usual = recipes.RECIPES[cfg.arch]["micro_batch"]
-    if "nano" in models.like(cfg.arch):
-        usual = 256
+    usual = 256 if "nano" in models.like(cfg.arch) else recipes.RECIPES[cfg.arch]["micro_batch"]
     if trains:
         micro_batch = recipes.micro_batch(cfg.batch_size, args.micro_batch, world, usual)
     else:
         micro_batch = args.micro_batch or min(usual, cfg.batch_size)
+    test_share = test_batches(len(held_out), micro_batch, rank, world)
+    test_loader = data.loader(TestViews(held_out, cfg), test_share, workers)
 
     # model: an encoder, from --init if given, and a head
     torch.manual_seed(data.key(args.seed))
@@ -165,21 +158,22 @@ def main(argv=None):
         raise ValueError(f"a ViT is tested at its own size: --test-crop {cfg.test_crop} differs from "
                          f"--img-size {cfg.img_size}")
     model = models.Predictor(encoder, task.outputs or len(classes), task.pool)
-    init_report = "no --init: from scratch"
-    if checkpoint is not None:
-        report = weights.load(model, checkpoint, args.init, head=args.eval)
-        init_report = f"{args.init} is {weights.describe(report)}"
-        missing = [name for name in report["missing"] if name.startswith("head.")]
-        if args.eval and (missing or checkpoint.get("classes") not in (None, classes)):
-            raise ValueError(f"{args.init} has no {args.task} head for {cfg.data}: "
-                             "its classes are others, or it was not fine-tuned")
+    started_from = "random weights"
+    if init is not None:
+        report = weights.load(model, init, args.init, head=args.eval)
+        started_from = f"{args.init}, {weights.describe(report)}"
+        no_head = any(name.startswith("head.") for name in report["missing"])
+        if args.eval and (no_head or init.get("classes") not in (None, classes)):
+            raise ValueError(f"{args.init} has no {args.task} head for {cfg.data}: its classes are "
+                             "others, or it was not fine-tuned")
+    frozen = args.freeze or cfg.protocol == "linear"
     if frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name.startswith("head.")
     model = runtime.place(model, device, world)
     autocast, scaler = runtime.precision(args.amp, device)
 
-    # the folder of the run
+    # the run, and its folder
     out = args.out or os.path.join("runs", run_name(args, cfg))
     identity = dict(cfg, task=args.task, eval=args.eval, init=args.init, freeze=args.freeze,
                     labels=args.labels, seed=args.seed, images=len(source))
@@ -187,13 +181,9 @@ def main(argv=None):
         raise ValueError(f"{out} is where --init lies: choose another --out")
     if master_process:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{cfg.arch}, {millions:.1f} M parameters, on {device} × {world}; {cfg.data}: {len(source):,} "
-              f"images for {args.task}, {len(held_out):,} to test\n{init_report}", flush=True)
-
-    workers = runtime.workers(args.workers)
-    test_loader = torch.utils.data.DataLoader(
-        TestViews(held_out, cfg), batch_sampler=test_batches(len(held_out), micro_batch, rank, world),
-        num_workers=workers, pin_memory=cuda, worker_init_fn=data.ignore_signals)
+        print(f"{cfg.arch}, {millions:.1f} M parameters, on {device} × {world}; {cfg.data}: "
+              f"{len(source):,} images for {args.task}, {len(held_out):,} to test\n"
+              f"{out}: from {started_from}", flush=True)
 
     # evaluation and nearest neighbours train nothing
     if not trains:
@@ -203,17 +193,16 @@ def main(argv=None):
         if args.eval:
             metrics = evaluate(model, test_loader, task, cfg, device, autocast, args.max_bad)
         else:
-            bank_loader = torch.utils.data.DataLoader(
-                TestViews(source, cfg), batch_sampler=test_batches(len(source), micro_batch, rank, world),
-                num_workers=workers, pin_memory=cuda, worker_init_fn=data.ignore_signals)
-            bank = features(model, bank_loader, cfg, device, autocast, args.max_bad)
-            queries = features(model, test_loader, cfg, device, autocast, args.max_bad)
-            metrics = knn(*bank, *queries, args.k, args.temperature, len(classes))
+            share = test_batches(len(source), micro_batch, rank, world)
+            bank_loader = data.loader(TestViews(source, cfg), share, workers)
+            bank, labels = features(model, bank_loader, cfg, device, autocast)
+            queries, answers = features(model, test_loader, cfg, device, autocast)
+            metrics = knn(bank, labels, queries, answers, args.k, args.temperature, len(classes))
         if master_process:
             write_result(out, identity, metrics)
         return
 
-    # optimizer, moving average
+    # optimizer, and a running mean of the weights, which is then what is tested
     accumulate = cfg.batch_size // (micro_batch * world)
     steps_per_epoch = len(source) // cfg.batch_size
     total = cfg.epochs * steps_per_epoch
@@ -222,10 +211,10 @@ def main(argv=None):
     ema = optim.EMA(model, cfg.ema, 20 * steps_per_epoch) if cfg.ema else None
     tested_model = ema.module if ema else model
 
-    # resume: as in train.py, all randomness is keyed, here also that of mixup and cutmix
+    # resume: as in train.py all randomness is keyed, here also that of mixup and cutmix
     start = 0
-    counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0, unreadable_in_epoch=0)
-    tested = 0                                          # the step of the last test
+    counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0)
+    tested = 0
     best = None
     checkpoint = runtime.load(out, identity)
     if checkpoint is not None:
@@ -233,55 +222,50 @@ def main(argv=None):
         counts = checkpoint["counts"]
         tested = checkpoint["tested"]
         best = checkpoint["best"]
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        runtime.restore(checkpoint, model, optimizer, scaler)
         if ema:
             tested_model.load_state_dict(checkpoint["ema"])
-        if scaler.is_enabled() and checkpoint["scaler"]:        # --amp may change
-            scaler.load_state_dict(checkpoint["scaler"])
-    del checkpoint                                      # its memory
+    del checkpoint, init  # their memory
     if start > stop:
-        raise ValueError(f"{out} is at step {start} already: more --steps, or another --out")
+        raise ValueError(f"{out} is at step {start} already: choose more --steps, or another --out")
 
-    # what is read in a step
-    batches = data.Batches(len(source), cfg.batch_size, micro_batch, start, stop, args.seed, rank, world,
-                           cfg.repeated_augmentation or 1)
-    loader = iter(torch.utils.data.DataLoader(
-        TrainViews(source, cfg, args.seed), batch_sampler=batches, num_workers=workers, pin_memory=cuda,
-        worker_init_fn=data.ignore_signals))
-
-    # compiled, and wrapped so that processes average their gradients; `model` keeps its plain names
+    # what a step reads, and what it goes through: compiled, and wrapped so that processes average
+    # their gradients; `model` keeps plain names
+    batches = data.Batches(len(source), cfg.batch_size, micro_batch, start, stop, args.seed, rank,
+                           world, cfg.repeated_augmentation or 1)
+    loader = iter(data.loader(TrainViews(source, cfg, args.seed), batches, workers))
     replica = torch.compile(model) if args.compile else model
     if world > 1:
-        replica = DDP(replica, device_ids=[device.index] if cuda else None)
+        replica = DDP(replica, device_ids=[device.index] if device.type == "cuda" else None)
     if master_process:
         print(f"batch {cfg.batch_size} = {world} process(es) × {micro_batch} images × {accumulate} "
-              f"accumulated; {total} steps in {cfg.epochs} epochs; lr {cfg.lr:.3g}")
-        print(f"{out}: " + (f"going on after step {start}" if start else "a new run"), flush=True)
+              f"accumulated; {total} steps in {cfg.epochs} epochs, {start} done; lr {cfg.lr:.3g}",
+              flush=True)
         os.makedirs(out, exist_ok=True)
         log = runtime.open_log(out, start)
 
     # training loop
-    bar = tqdm(total=total, initial=start, unit="step", disable=not (master_process and sys.stderr.isatty()))
+    bar = tqdm(total=total, initial=start, unit="step",
+               disable=not (master_process and sys.stderr.isatty()))
     stop_request = runtime.StopRequest()
-    stopping = False
-    saving = False
-    bad_images = False
     next_save = time.time() + 60 * args.save_minutes
     skipped = torch.tensor([counts["skipped"], counts["skipped_in_a_row"]], device=device)
-    unreadable = counts["unreadable"] if master_process else 0              # each process counts its own
-    unreadable_in_epoch = counts["unreadable_in_epoch"] if master_process else 0
-    slow = False                                        # whether a step takes more than a second
+    # unreadable images of the epoch: each process counts its own
+    unreadable = counts["unreadable"] if master_process else 0
+    save_now = False
+    asked = False
+    too_bad = False
+    slow = False
     t0 = time.time()
     step0 = start
     for step in range(start, stop + 1):
-        # test after whole epochs and at the end; whoever is asked to stop has no time for it
-        test_now = step == stop or (step > 0 and step % (steps_per_epoch * args.eval_every) == 0)
-        if test_now and (step == stop or (step != tested and not stopping)):
+        # test after epochs and at the end; a run that is asked to stop does so when it goes on
+        end_of_epoch = step > 0 and step % (steps_per_epoch * args.eval_every) == 0
+        if step == stop or (end_of_epoch and step != tested and not asked):
             metrics = evaluate(tested_model, test_loader, task, cfg, device, autocast, args.max_bad)
             epoch = (step - 1) // steps_per_epoch + 1
-            better = best is None or task.sign * metrics[task.metric] > task.sign * best[task.metric]
-            if step % steps_per_epoch == 0 and better:
+            better = best is None or task.sign * (metrics[task.metric] - best[task.metric]) > 0
+            if better and step % steps_per_epoch == 0:
                 best = dict(metrics, epoch=epoch)
                 if master_process:
                     state = dict(config=identity, classes=classes, step=step, metrics=metrics,
@@ -295,113 +279,119 @@ def main(argv=None):
             step0 = step
 
         # save, and leave if asked to
-        if saving or (step == stop and step > start):
+        if save_now or (step == stop and step > start):
             if master_process:
-                state = dict(config=identity, classes=classes, step=step, counts=counts, tested=tested,
-                             best=best, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                             scaler=scaler.state_dict())
+                state = dict(config=identity, classes=classes, step=step, counts=counts,
+                             tested=tested, best=best, model=model.state_dict(),
+                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
                 if ema:
                     state["ema"] = ema.module.state_dict()
                 runtime.save(os.path.join(out, "last.pt"), state, os.path.join(out, "previous.pt"))
                 next_save = time.time() + 60 * args.save_minutes
+            save_now = False
             t0 = time.time()
             step0 = step
-            saving = False
-        if bad_images:
-            raise ValueError(f"{counts['unreadable_in_epoch']} images of this epoch could not be read, more than "
-                             f"--max-bad {args.max_bad:g}: repair them, or allow more; then the same command "
-                             "goes on")
+        if too_bad:
+            raise ValueError(f"{counts['unreadable']} images of this epoch could not be read, more than "
+                             f"--max-bad {args.max_bad:g}: repair them, or allow more; then the same "
+                             "command goes on")
         if step == stop:
             break
-        if stopping:
+        if asked:
             if world > 1:
-                dist.barrier()                          # torchrun ends all processes when the first has left
+                # torchrun ends all processes when the first one has left
+                dist.barrier()
             if master_process:
                 bar.close()
-                print(f"stopped after step {step} of {total}; the same command goes on from there", flush=True)
+                print(f"stopped after step {step} of {total}; the same command goes on", flush=True)
             sys.exit(runtime.STOPPED)
+
+        # drop path, mixup and cutmix draw from here on: the same when the run is continued
+        torch.manual_seed(data.key(args.seed, step, rank))
+        lr_factor = optim.learning_rate(cfg, step, steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        if step % steps_per_epoch == 0:
+            unreadable = 0
 
         # forward and backward, micro-batch by micro-batch
         model.train()
         if frozen:
             model.encoder.eval()
-        torch.manual_seed(data.key(args.seed, step, rank))                  # of drop path, mixup and cutmix
-        lr_factor = optim.learning_rate(cfg, step, steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor
-        if step % steps_per_epoch == 0:
-            unreadable_in_epoch = 0
         loss = torch.zeros(1, device=device)
-        statistics = optim.statistics(model)            # of batch norms, put back if the step is skipped
+        statistics = optim.statistics(model)
         for micro_step in range(accumulate):
             image, target, replaced = next(loader)
+            unreadable += int(replaced.sum())
             image = image.to(device, non_blocking=True)
             target = target.to(device, non_blocking=True)
-            image = data.normalize(image, cfg.mean, cfg.std)                # bytes until here
+            # images were bytes until here
+            image = data.normalize(image, cfg.mean, cfg.std)
             if args.task == "class":
                 image, target = mix(image, target, cfg, len(classes))
-            if world > 1:                               # gradients travel once, with the last micro-batch
+            if world > 1:
+                # gradients travel between processes once, with the last micro-batch
                 replica.require_backward_grad_sync = micro_step == accumulate - 1
             with autocast:
                 output = replica(image)
+            # the loss is computed in float32
             micro_loss = task.loss(output.float(), target, cfg) / accumulate
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-            unreadable += int(replaced.sum())
-            unreadable_in_epoch += int(replaced.sum())
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
 
-        # clip and step, unless the loss or the gradient is not finite: then the step is skipped, and counted
+        # clip and step; where the loss or the gradient is not finite, the step is skipped instead
         skip = optim.update(model, optimizer, scaler, cfg.clip, loss[0], statistics)
         if ema:
             ema.update(model, step)
-        skipped[0] += skip.int()
-        skipped[1] = (skipped[1] + 1) * skip.int()
+        skipped[0] += skip
+        skipped[1] = (skipped[1] + 1) * skip
         done = step + 1
         bar.update()
 
-        # look at what came of it: Python waits for the device here, and nowhere else. One process sees at once
-        # that it is to stop or to save; several have to ask each other.
+        # look at what came of it: only here does Python wait for the device. One process sees at
+        # once that it is to stop or to save; several ask each other when they log or an epoch ends,
+        # or each step where steps take over a second.
         asked = stop_request.asked or stop_request.torchrun not in (None, os.getppid())
         due = master_process and time.time() > next_save
         log_now = done % args.log_every == 0 or done in (start + 1, stop)
-        end_of_epochs = done % ((args.save_epochs or total) * steps_per_epoch) == 0
-        end_of_epoch = done % steps_per_epoch == 0      # whoever is asked to stop does not test
+        end_of_epoch = done % steps_per_epoch == 0
         if not (log_now or end_of_epoch or slow or (world == 1 and (asked or due))):
+            asked = False
             continue
-        seconds = (time.time() - t0) / (done - step0)   # a step
-        sums = torch.tensor([asked, due, unreadable, unreadable_in_epoch, seconds],
-                            dtype=torch.float64, device=device)
+        seconds = (time.time() - t0) / (done - step0)
+        sums = torch.tensor([asked, due, unreadable, seconds], dtype=torch.float64, device=device)
         if world > 1:
             dist.all_reduce(sums)
-        asked, due, all_unreadable, all_in_epoch, seconds = sums.tolist()
-        counts = dict(unreadable=int(all_unreadable), unreadable_in_epoch=int(all_in_epoch))
-        counts["skipped"], counts["skipped_in_a_row"] = skipped.tolist()
-        stopping = asked > 0
+        asked, due, all_unreadable, seconds = sums.tolist()
         slow = seconds / world > 1
+        counts = dict(unreadable=int(all_unreadable))
+        counts["skipped"], counts["skipped_in_a_row"] = skipped.tolist()
         if counts["skipped_in_a_row"] >= 20:
-            raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller --lr, or "
-                             f"--amp off; the last checkpoint, {out}/last.pt, is from before")
-        bad_images = counts["unreadable_in_epoch"] > args.max_bad * steps_per_epoch * cfg.batch_size
-        saving = stopping or due > 0 or end_of_epochs or bad_images
+            raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller --lr, "
+                             f"or --amp off; {out}/last.pt is from before")
+        too_bad = counts["unreadable"] > args.max_bad * steps_per_epoch * cfg.batch_size
+        epochs_due = done % ((args.save_epochs or total) * steps_per_epoch) == 0
+        save_now = asked or due or too_bad or epochs_due
 
         # log
         if log_now:
-            entry = dict(step=done, epoch=step // steps_per_epoch + 1, loss=loss.item(), lr=cfg.lr * lr_factor,
-                         skipped=counts["skipped"], unreadable=counts["unreadable"],
-                         images_per_second=world * cfg.batch_size / seconds)
+            speed = world * cfg.batch_size / seconds
+            entry = dict(step=done, epoch=step // steps_per_epoch + 1, loss=loss.item(),
+                         lr=cfg.lr * lr_factor, skipped=counts["skipped"],
+                         unreadable=counts["unreadable"], images_per_second=speed)
             if not math.isfinite(entry["loss"]):
-                entry["loss"] = None                    # JSON knows no NaN
-            t0 = time.time()
-            step0 = done
+                entry["loss"] = None  # JSON knows no NaN
             if master_process:
                 print(json.dumps(entry), file=log, flush=True)
-                line = f"loss {loss.item():.4f}, {entry['images_per_second']:.0f} images/s"
-                bar.set_postfix_str(line)
-                if bar.disable:
-                    print(f"step {done}/{total}, epoch {entry['epoch']}, {line}", flush=True)
+                bar.set_postfix_str(f"loss {loss.item():.4f}")
+            if master_process and bar.disable:
+                print(f"step {done}/{total}, epoch {entry['epoch']}, loss {loss.item():.4f}, "
+                      f"{speed:.0f} images/s", flush=True)
+            t0 = time.time()
+            step0 = done
 
     bar.close()
     stop_request.restore()
@@ -418,18 +408,18 @@ def open_labelled(cfg, split, task):
         return data.Channels(world, cfg.channels), None
     source = data.open_source(cfg.data, split, cfg.img_size, cfg.channels)
     if getattr(source, "empty", None):
-        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, or fill it")
+        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, "
+                         "or fill it")
     labelled = (source.labels >= 0).nonzero()[0]
     if not len(labelled):
-        raise ValueError(f"the images of {cfg.data} have no labels: put those of each class in a folder "
-                         "of its own")
+        raise ValueError(f"the images of {cfg.data} have no labels: put each class in a folder")
     if len(source.classes) < 2:
-        raise ValueError(f"{cfg.data} has one class only, {source.classes[0]}: nothing to tell apart")
+        raise ValueError(f"{cfg.data} has one class only, {source.classes[0]}: give two or more")
     return torch.utils.data.Subset(source, labelled), list(source.classes)
 
 
 class TrainViews(torch.utils.data.Dataset):
-    """(epoch, position, index) -> (augmented image uint8 (C, S, S), target, whether it is a replacement)."""
+    """(epoch, position, index) -> (image uint8 (C, S, S), augmented; target; whether replaced)."""
 
     def __init__(self, source, cfg, seed):
         self.source = source
@@ -450,39 +440,35 @@ class TrainViews(torch.utils.data.Dataset):
 
 
 class TestViews(torch.utils.data.Dataset):
-    """index -> (image uint8 (C, S, S), target, False); of an unreadable one (black, −1, True)."""
+    """index -> (image uint8 (C, S, S), target, whether replaced because it was unreadable)."""
 
     def __init__(self, source, cfg):
         self.source = source
         self.cfg = cfg
 
     def __getitem__(self, index):
-        unreadable = False
-        try:
-            image, target = self.source[index]
-        except data.BadImage as error:
-            print(f"warning: {error}; it is not counted", file=sys.stderr)
-            image, target = torch.zeros(self.cfg["channels"], 8, 8, dtype=torch.uint8), -1
-            unreadable = True
+        (image, target), replaced = data.readable(self.source, index, -1, index)
         image = data.evaluation_crop(image, self.cfg["test_resize"], self.cfg["test_crop"])
-        return image, target, unreadable
+        return image, target, replaced
 
 
 def augment(image, generator, cfg):
-    """RandAugment and random erasing of a uint8 image (C, H, W), as in timm, by torchvision's operations.
+    """RandAugment and random erasing of a uint8 image (C, H, W): timm's, by torchvision's operations.
 
-    RandAugment (arXiv 1909.13719): two operations, each done half the time, at m + N(0, 0.5) with m in
+    RandAugment (arXiv 1909.13719): two operations, each done half the time, at m + N(0, 0.5), m in
     0..10. Random erasing (arXiv 1708.04896): a box is filled with N(0, 1) in normalised space.
     """
     mean = cfg["mean"]
-    shared = torch.default_generator                    # these transforms take no other
+    # these transforms take no generator: they draw from the shared one, which then is as before
+    shared = torch.default_generator
     before = shared.get_state()
     shared.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
     if cfg["randaugment"] is not None:
         fill = [round(255 * m) for m in mean]
         for _ in range(2):
             magnitude = (cfg["randaugment"] + 0.5 * torch.randn(())).clamp(0, 10)
-            if torch.rand(()) < 0.5:                    # magnitudes 0..10 are levels 0..30
+            if torch.rand(()) < 0.5:
+                # magnitudes 0..10 are levels 0..30
                 operation = v2.RandAugment(1, round(3 * float(magnitude)), 31, data.BILINEAR, fill)
                 image = operation(image)
     if cfg["random_erasing"] and torch.rand(()) < cfg["random_erasing"]:
@@ -494,7 +480,7 @@ def augment(image, generator, cfg):
 
 
 def mix(image, label, cfg, classes):
-    """Mixup or cutmix of a batch, one λ for all (arXiv 1710.09412, 1905.04899): image, targets (B, K)."""
+    """Mixup or cutmix (arXiv 1710.09412, 1905.04899), one λ a batch: (image, targets (B, K))."""
     transforms = []
     if cfg["mixup"]:
         transforms.append(v2.MixUp(alpha=cfg["mixup"], num_classes=classes))
@@ -508,7 +494,7 @@ def mix(image, label, cfg, classes):
 # ---- tests
 
 def test_batches(images, batch, rank, world):
-    """This process's share of the indices, in batches: each image on one process only, none twice."""
+    """This process's share of the indices, in batches: each image is on one process, once."""
     share = list(range(rank, images, world))
     return [share[i:i + batch] for i in range(0, len(share), batch)]
 
@@ -520,70 +506,62 @@ def reduce_sum(value):
     return value
 
 
-def check_unreadable(unreadable, images, max_bad):
-    if unreadable > max_bad * images:
-        raise ValueError(f"{unreadable} of {images:,} images could not be read, more than --max-bad "
-                         f"{max_bad:g}: repair or remove them, or allow more")
-
-
 @torch.no_grad()
 def evaluate(model, loader, task, cfg, device, autocast, max_bad):
-    """A task's metrics, and `n`, over every image of the loaders of all processes. Raises ValueError."""
+    """A task's metrics, and `n`, over every image of all processes' loaders. Raises ValueError."""
     model.eval()
-    if dist.is_initialized():                           # each process has batch statistics of its own
+    if dist.is_initialized():
+        # each process has batch statistics of its own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    counts = torch.zeros(3, dtype=torch.float64, device=device)             # images, unreadable, not finite
-    show = sys.stderr.isatty() and (not dist.is_initialized() or dist.get_rank() == 0)
-    for image, target, unreadable in tqdm(loader, "test", leave=False, disable=not show):
+    # images, replaced ones, batches with numbers that are not finite, the task's own sums
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
+    hidden = not sys.stderr.isatty()
+    for image, target, replaced in tqdm(loader, "test", leave=False, disable=hidden):
         image = data.normalize(image.to(device, non_blocking=True), cfg.mean, cfg.std)
         target = target.to(device, non_blocking=True)
         with autocast:
             output = model(image).float()
         batch = task.sums(output, target, image.shape[-1])
-        sums[:len(batch)] += batch
-        counts[0] += len(image)
-        counts[1] += unreadable.sum().item()
-        counts[2] += ~output.isfinite().all()
-    images, unreadable, broken = reduce_sum(counts).tolist()
+        sums[0] += len(image)
+        sums[1] += int(replaced.sum())
+        sums[2] += ~output.isfinite().all()
+        sums[3:3 + len(batch)] += batch
+    images, replaced, broken, *sums = reduce_sum(sums).tolist()
     if broken:
-        raise ValueError("the model's outputs are not finite: its training has diverged (try a smaller --lr), "
-                         "or --init is broken")
-    check_unreadable(int(unreadable), int(images), max_bad)
-    n = int(images - unreadable)
-    return task.metrics(reduce_sum(sums).tolist(), max(n, 1)) | dict(n=n)
+        raise ValueError("the model's outputs are not finite: its training has diverged (try a "
+                         "smaller --lr), or --init is broken")
+    if replaced > max_bad * images:
+        raise ValueError(f"{replaced:.0f} of {images:.0f} test images could not be read, more than "
+                         f"--max-bad {max_bad:g}: repair or remove them, or allow more")
+    return task.metrics(sums, images) | dict(n=int(images))
 
 
 @torch.no_grad()
-def features(model, loader, cfg, device, autocast, max_bad):
-    """(features (N, C) of unit length, labels (N,)) of all readable images, on every process."""
+def features(model, loader, cfg, device, autocast):
+    """(features (N, C) of unit length, labels (N,)) of all images, in order, on every process."""
     model.eval()
-    parts = []
-    labels = []
-    for image, label, unreadable in tqdm(loader, "features", disable=not sys.stderr.isatty()):
-        image = data.normalize(image.to(device), cfg.mean, cfg.std)
-        with autocast:
-            parts.append(F.normalize(model.features(image).float(), dim=1))
-        labels.append(label.to(device))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     images = len(loader.dataset.source)
     everything = torch.zeros(images, model.encoder.widths[-1], device=device)
-    all_labels = torch.zeros(images, dtype=torch.int64, device=device)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if parts:
-        everything[rank::world] = torch.cat(parts)
-        all_labels[rank::world] = torch.cat(labels)
-    everything = reduce_sum(everything)
-    all_labels = reduce_sum(all_labels)
-    readable = all_labels >= 0
-    check_unreadable(int((~readable).sum()), images, max_bad)
-    return everything[readable], all_labels[readable]
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
+    # this process has every world-th image
+    first = rank
+    hidden = not sys.stderr.isatty()
+    for image, label, replaced in tqdm(loader, "features", leave=False, disable=hidden):
+        rows = torch.arange(first, first + world * len(image), world, device=device)
+        with autocast:
+            batch = model.features(data.normalize(image.to(device), cfg.mean, cfg.std))
+        everything[rows] = F.normalize(batch.float(), dim=1)
+        labels[rows] = label.to(device)
+        first += world * len(image)
+    return reduce_sum(everything), reduce_sum(labels)
 
 
 def votes(bank, labels, queries, k, temperature, classes):
     """(B, K) votes: each of the k most similar of the bank votes exp(cosine / T) for its class.
 
-    bank: (N, C), queries: (B, C), of unit length (Wu et al., arXiv 1805.01978). Up to a common factor.
+    bank: (N, C), queries: (B, C), of unit length (Wu et al., arXiv 1805.01978).
     """
     similarity, nearest = (queries @ bank.T).topk(k)
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
@@ -592,38 +570,32 @@ def votes(bank, labels, queries, k, temperature, classes):
 
 
 def knn(bank, labels, queries, wanted, k, temperature, classes):
-    """Classification's metrics of nearest neighbours. Raises ValueError."""
+    """The metrics of classification by nearest neighbours. Raises ValueError."""
     if k > len(bank):
         raise ValueError(f"--k {k} is more than the {len(bank)} training images")
     scores = [votes(bank, labels, part, k, temperature, classes) for part in queries.split(256)]
-    sums = Classification.sums(torch.cat(scores), wanted, None).tolist()
-    return Classification.metrics(sums, max(len(wanted), 1)) | dict(n=len(wanted))
+    task = TASKS["class"]
+    sums = task.sums(torch.cat(scores), wanted, None).tolist()
+    return task.metrics(sums, len(wanted)) | dict(n=len(wanted))
 
 
 # ---- results
 
 def run_name(args, cfg):
     """Name of a run's folder: from what, by which protocol, for which task, on which images."""
+    start = cfg.arch + ("" if cfg.protocol.startswith("scratch") else "-random")
     if args.init is not None:
+        # the name of a run, or of a file
         folder, file = os.path.split(os.path.abspath(args.init))
-        start = os.path.splitext(file)[0]
-        if file in ("last.pt", "best.pt"):
-            start = os.path.basename(folder) + ("-best" if file == "best.pt" else "")
-    else:
-        start = cfg.arch + ("" if cfg.protocol.startswith("scratch") else "-random")
-    parts = [start, "eval" if args.eval else cfg.protocol]
-    if args.freeze:
-        parts.append("frozen")
-    if args.task != "class":
-        parts.append(args.task)
-    parts.append(os.path.basename(os.path.normpath(cfg.data)).removesuffix(".tar"))
-    if args.labels:
-        parts.append(f"{args.labels}labels")
-    if cfg.protocol == "knn" and args.k != 20:
-        parts.append(f"k{args.k}")
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    return "-".join(parts)
+        names = {"last.pt": os.path.basename(folder), "best.pt": os.path.basename(folder) + "-best"}
+        start = names.get(file, os.path.splitext(file)[0])
+    parts = [start, "eval" if args.eval else cfg.protocol, "frozen" if args.freeze else "",
+             args.task if args.task != "class" else "",
+             data.name_of(cfg.data),
+             f"{args.labels}labels" if args.labels else "",
+             f"k{args.k}" if cfg.protocol == "knn" and args.k != 20 else "",
+             f"seed{args.seed}" if args.seed else ""]
+    return "-".join(filter(None, parts))
 
 
 def check_result(out, identity):

@@ -42,7 +42,7 @@ class A2MIM(nn.Module):
         self.decoder = decoder(encoder.widths[-1], encoder.stride, encoder.channels)
 
     def forward(self, image, mask):
-        """image: normalised, (B, 3, H, W). mask: (B, h, w). Returns the reconstruction x̂, an image."""
+        """Normalised images (B, 3, H, W) and masks (B, h, w) -> reconstructions (B, 3, H, W)."""
         z = self.encode(image, mask)
         return self.decoder(z)                                  # x̂ = PixelShuffle(s)(Conv1×1(z))
 

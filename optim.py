@@ -1,4 +1,4 @@
-"""Optimization: schedules, parameter groups, LAMB, a step that leaves bad numbers out, averaged weights."""
+"""Optimization: schedules, parameter groups, LAMB, a step that leaves bad numbers out, EMA."""
 import math
 
 import torch
@@ -38,8 +38,8 @@ def decays(name, parameter):
 def layer_scales(model, decay):
     """Parameter's name -> factor on its learning rate, with layer decay d and L blocks.
 
-    d^(L − i) for the encoder's block i (from 0; of a CNN, its layer), d^(L + 1) for what comes before
-    the blocks, 1 for the head.
+    d^(L − i) for the encoder's block i (from 0; of a CNN, its layer), d^(L + 1) for what comes
+    before the blocks, 1 for the head.
     """
     blocks = getattr(model.encoder, "blocks", model.encoder.layers)
     block_of = {}
@@ -74,18 +74,19 @@ def make_optimizer(model, config):
     if kind == "lamb":
         return LAMB(groups, lr=config["lr"])
     optimizer = torch.optim.SGD(groups, lr=config["lr"], momentum=0.9, fused=True)
-    for group in groups:                                # a first step left out needs a momentum to leave as it is
+    # a first step that is left out has to leave some momentum as it is
+    for group in groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 class LAMB(torch.optim.Optimizer):
-    """Layer-wise adaptive moments (You et al., arXiv 1904.00962), as in ResNet strikes back (2110.00476).
+    """Layer-wise adaptive moments (arXiv 1904.00962), as in ResNet strikes back (2110.00476).
 
     Gradients are clipped to a global norm of 1. AdamW's direction, decay included, is scaled by
-    |p| / |direction| for each parameter that decays (by 1 if either is 0). found_inf, as of PyTorch's
-    fused optimizers: 1 leaves the step out.
+    |p| / |direction| for each parameter that decays (by 1 if either is 0). found_inf: 1 leaves the
+    step out, as in PyTorch's fused optimizers.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
@@ -110,7 +111,7 @@ class LAMB(torch.optim.Optimizer):
             gradient = torch.where(taken > 0, p.grad / shrink, 0.0)
             weight = taken.to(p.dtype)
             state["steps"] += taken
-            t = state["steps"].double().clamp(min=1)    # 1 − 0.999^t needs the digits
+            t = state["steps"].double().clamp(min=1)  # 1 − 0.999^t needs the digits
             state["mean"].lerp_(gradient, weight * (1 - beta1))
             state["square"].lerp_(gradient.square(), weight * (1 - beta2))
             root = (state["square"] / (1 - beta2 ** t)).sqrt() + group["eps"]
@@ -126,7 +127,7 @@ class LAMB(torch.optim.Optimizer):
 # ---- the optimizer step
 
 def statistics(model):
-    """What a forward pass changes, batch norms' running means and variances: (buffer, its value now)."""
+    """What a forward pass changes: batch norms' statistics, as pairs (buffer, its value now)."""
     before = []
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -135,7 +136,7 @@ def statistics(model):
 
 
 def update(model, optimizer, scaler, clip, loss, before):
-    """Clip, and take the optimizer step, once all gradients are there. Returns 1 if it was left out, else 0.
+    """Clip, and take the optimizer step. Returns 1 if it was left out, else 0.
 
     It is left out where the loss or the gradient is not finite; batch statistics then are what they
     were `before` the step. All of that happens on the device: the host waits for nothing.
@@ -144,13 +145,13 @@ def update(model, optimizer, scaler, clip, loss, before):
     clip = math.inf if clip is None else clip
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     skipped = (~(norm + loss).isfinite()).float()
-    optimizer.found_inf = skipped                       # fused optimizers look at it on the device
+    optimizer.found_inf = skipped  # fused optimizers look at it on the device
     optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     for buffer, value in before:
         buffer.copy_(torch.where(skipped > 0, value, buffer))
-    return skipped
+    return skipped.long()
 
 
 class EMA(AveragedModel):
@@ -163,7 +164,7 @@ class EMA(AveragedModel):
         super().__init__(model)
         self.decay = decay
         self.warmup_steps = warmup_steps
-        self.n_averaged.fill_(1)                        # the first update averages, too
+        self.n_averaged.fill_(1)  # the first update averages, too
 
     def update(self, model, step):
         warmed_up = min(1.0, step / max(1, self.warmup_steps))

@@ -14,9 +14,9 @@ BASE = dict.fromkeys((  # None: off, or not used by the protocol
     "randaugment random_erasing repeated_augmentation ema crop_scale").split())
 BASE |= dict(img_size=224, test_resize=256, test_crop=224, batch_size=256)
 TUNE = BASE | dict(
-    epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine", warmup_epochs=20,
-    weight_decay=0.05, loss="ce", label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9,
-    random_erasing=0.25, crop_scale=(0.08, 1.0))
+    epochs=100, batch_size=1024, optimizer="adamw", min_lr=1e-6, schedule="cosine",
+    warmup_epochs=20, weight_decay=0.05, loss="ce", label_smoothing=0.1, mixup=0.8, cutmix=1.0,
+    randaugment=9, random_erasing=0.25, crop_scale=(0.08, 1.0))
 SIMMIM = TUNE | dict(lr=1e-2, layer_decay=0.65, clip=5.0, drop_path=0.1)
 RSB = TUNE | dict(
     batch_size=2048, optimizer="lamb", lr=8e-3, warmup_epochs=5, weight_decay=0.02, loss="bce",
@@ -27,7 +27,7 @@ LINEAR = BASE | dict(
     optimizer="sgd", weight_decay=0.0, warmup_epochs=0, loss="ce", crop_scale=(0.08, 1.0))
 LINEAR_VIT = LINEAR | dict(epochs=90, batch_size=1024, lr=12.0, min_lr=0.0, schedule="cosine")
 LINEAR_RESNET = LINEAR | dict(epochs=100, lr=30.0, schedule="step", lr_step_epochs=(60, 80))
-SCRATCH_DEIT = SIMMIM | dict(                           # after DeiT, arXiv 2012.12877
+SCRATCH_DEIT = SIMMIM | dict(  # after DeiT, arXiv 2012.12877
     epochs=300, lr=1e-3, min_lr=1e-5, warmup_epochs=5, layer_decay=None, clip=None,
     repeated_augmentation=3)
 SMALL = BASE | dict(
@@ -70,13 +70,13 @@ FOR_ARCH = {  # what an architecture changes in a protocol
 # ---- options
 
 OPTIONS = recipes.OPTIONS | {
-    "protocol": Option(str, "scratch-…: without --init; knn trains nothing; small is for the nano presets",
+    "protocol": Option(str, "scratch-… is without --init; knn trains nothing; small is for nanos",
                        choices=tuple(PROTOCOLS)),
     "test_resize": Option(int, "short side of test images, pixels (absent: as --img-size asks)", 1),
     "test_crop": Option(int, "side of their central crop, pixels (absent: as --img-size asks)", 1),
     "optimizer": Option(str, "of the training", choices=("adamw", "lamb", "sgd")),
     "lr_step_epochs": Option(int, "of the step schedule: ×0.1 at each", several="+"),
-    "layer_decay": Option(number_or_none, "factor on the lr from each block to the one below", high=1),
+    "layer_decay": Option(number_or_none, "factor on the lr from block to block, downwards", high=1),
     "loss": Option(str, "cross entropy, or binary cross entropy", choices=("ce", "bce")),
     "label_smoothing": Option(number_or_none, "of the targets", high=1),
     "mixup": Option(number_or_none, "α of mixup; with cutmix, a coin decides for each batch"),
@@ -84,15 +84,16 @@ OPTIONS = recipes.OPTIONS | {
     "randaugment": Option(number_or_none, "magnitude of RandAugment", high=10),
     "random_erasing": Option(number_or_none, "how often a box of an image is erased", high=1),
     "repeated_augmentation": Option(integer_or_none, "crops of an image in one epoch", 1),
-    "ema": Option(number_or_none, "decay of a running mean of the weights, which is tested", high=1),
+    "ema": Option(number_or_none, "decay of a mean of the weights, which is tested", high=1),
 }
-OPTIONS = {key: OPTIONS[key] for key in ("arch", "protocol", "data", "channels", "mean", "std", *BASE)}
+KEYS = ("arch", "protocol", "data", "channels", "mean", "std", *BASE)
+OPTIONS = {key: OPTIONS[key] for key in KEYS}
 RUN = recipes.RUN | {
-    "task": Option(str, "what to predict; pose and mask of the built-in images only (absent: class)",
+    "task": Option(str, "what to predict; pose, mask: of built-in images only (absent: class)",
                    choices=("class", "pose", "mask")),
     "freeze": Option(bool, "train the head only, as linear does"),
-    "eval": Option(bool, "evaluate --init, head included, on the test images (of a folder without train/: "
-                   "on all), and train nothing"),
+    "eval": Option(bool, "only evaluate --init, head included, on the test images (of a folder "
+                   "without train/: on all)"),
     "labels": Option(int, "train on so many images, drawn by --seed (absent: all)", 1),
     "eval_every": Option(int, "epochs between two evaluations", 1, default=1),
     "k": Option(int, "knn: neighbours", 1, default=20),
@@ -122,7 +123,7 @@ def protocol_of(recipe, protocol, arch):
 
 
 def finetuning(argv, doc):
-    """(configuration, how to run it, checkpoint of --init or None) of finetune.py. Raises ValueError."""
+    """(configuration, how to run, checkpoint of --init or None) of finetune.py."""
     given, args = recipes.parse(argv, doc, OPTIONS, RUN)
     checkpoint, known, arch = recipes.start_from(args, given)
     nano = "nano" in models.like(arch)
@@ -132,7 +133,7 @@ def finetuning(argv, doc):
         protocol = "rsb_a3"
     else:
         protocol = "simmim"
-    if args.eval:                                       # as it was tested while it was trained
+    if args.eval:  # as it was tested while it was trained
         protocol = known.get("protocol", protocol)
     protocol = given.get("protocol", protocol)
     if args.task is None:
@@ -153,9 +154,9 @@ def finetuning(argv, doc):
     if args.eval or protocol == "knn":
         unused = [key for key in BASE if key not in (*sizes, "batch_size")]
         reason = "where nothing is trained"
-    elif args.task != "class":                          # images are seen whole, and as they are
-        unused = ("test_resize test_crop loss label_smoothing mixup cutmix randaugment random_erasing "
-                  "crop_scale").split()
+    elif args.task != "class":  # images are seen whole, and as they are
+        unused = ("test_resize test_crop loss label_smoothing mixup cutmix randaugment "
+                  "random_erasing crop_scale").split()
         reason = f"on the {args.task}"
     for key in unused:
         if key in given:
@@ -174,7 +175,7 @@ def finetuning(argv, doc):
     if args.task != "class":
         cfg |= dict(test_resize=cfg.img_size, test_crop=cfg.img_size)
     for key in ("crop_scale", "lr_step_epochs"):
-        cfg[key] = cfg[key] and list(cfg[key])          # as JSON has it
+        cfg[key] = cfg[key] and list(cfg[key])  # as JSON has it
 
     recipes.check(cfg)
     if args.eval and (args.init is None or protocol == "knn"):
@@ -188,7 +189,7 @@ def finetuning(argv, doc):
         raise ValueError(f"{protocol} is for classes, not for the {args.task}: "
                          "choose another --protocol, and --freeze for a probe")
     if cfg.randaugment is not None and cfg.channels not in (1, 3):
-        raise ValueError(f"RandAugment knows no images of {cfg.channels} channels: --randaugment none")
+        raise ValueError(f"RandAugment is for 1 or 3 channels, not {cfg.channels}: --randaugment none")
     if cfg.test_resize < cfg.test_crop:
         raise ValueError(f"test_resize {cfg.test_resize} is smaller than test_crop {cfg.test_crop}")
     return recipes.Config({key: cfg[key] for key in OPTIONS}), args, checkpoint

@@ -1,4 +1,4 @@
-"""The published recipes of A²MIM and its official code, the options of train.py, and what they come to.
+"""The published recipes of pre-training, the options of train.py, and what they come to.
 
 lr is the one at the recipe's own batch_size. `--print-config` shows what a command line comes to.
 """
@@ -23,9 +23,10 @@ VIT = dict(
 COSINE = dict(schedule="cosine", lr_step_epoch=None, min_lr=1e-5)
 DEIT = VIT | COSINE | dict(img_size=192, lr=dict(a2mim=8e-4, simmim=4e-4))
 RESNET = VIT | COSINE | dict(
-    epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None, crop_scale=(0.8, 1.0),
-    spatial_loss="focal_l1", frequency_weight=0.5, frequency_visible=1e-3, token_lr_scale=0.1)
-NANO = COSINE | dict(                                   # ours; mask_size None: 4 blocks a side
+    epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None,
+    crop_scale=(0.8, 1.0), spatial_loss="focal_l1", frequency_weight=0.5, frequency_visible=1e-3,
+    token_lr_scale=0.1)
+NANO = COSINE | dict(  # ours; mask_size None: 4 blocks a side
     epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3),
     warmup_epochs=1, mask_size=None)
 
@@ -51,20 +52,20 @@ for arch in ("resnet18", "resnet34", "resnet50"):
 
 METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
     "a2mim": {},
-    "simmim": dict(mask_layer=0, fill="none", token="replace", spatial_loss="l1", frequency_loss=None,
-                   crop_scale=(0.67, 1.0), token_lr_scale=1.0),
+    "simmim": dict(mask_layer=0, fill="none", token="replace", spatial_loss="l1",
+                   frequency_loss=None, crop_scale=(0.67, 1.0), token_lr_scale=1.0),
 }
 
 # ---- options
 
 class Option(NamedTuple):
-    kind: Any                   # int, float, str, bool (a flag), or one of the three below
+    kind: Any  # int, float, str, bool (a flag), or one of the three below
     help: str
-    low: float = 0              # smallest and largest number
+    low: float = 0  # smallest and largest number
     high: float = 1e9
     choices: tuple = ()
-    several: Any = None         # how many values: argparse's nargs
-    default: Any = None         # of how to run; the configuration's are the recipe's
+    several: Any = None  # how many values: argparse's nargs
+    default: Any = None  # of how to run; the configuration's are the recipe's
 
 
 def number_or_none(text):
@@ -82,10 +83,10 @@ def name_or_none(text):
 OPTIONS = {  # the configuration: what --print-config shows
     "arch": Option(str, "architecture, and with it the recipe", choices=tuple(RECIPES)),
     "method": Option(str, "published method, or baseline", choices=tuple(METHODS)),
-    "data": Option(str, "a folder of images, of class folders, or of train/ and val/ with class folders; "
-                   "a .tar of one; a folder of .tar shards; or " + ", ".join(data.SOURCES)),
+    "data": Option(str, "a folder of images, of class folders, or of train/ and val/ with those; a "
+                   ".tar of one; a folder of .tar shards; or " + ", ".join(data.SOURCES)),
     "channels": Option(int, "of images; 1: grey (absent: as many as --mean has)", 1, 1000),
-    "mean": Option(float, "of each channel, pixels in 0..1; extras/stats.py measures it", 0, 1, several="+"),
+    "mean": Option(float, "of each channel, pixels in 0..1 (see extras/stats.py)", 0, 1, several="+"),
     "std": Option(float, "standard deviation of each channel", 1e-6, 1, several="+"),
     "img_size": Option(int, "side of the square training crops, pixels", 1),
     "epochs": Option(int, "passes over the training images", 1),
@@ -97,20 +98,20 @@ OPTIONS = {  # the configuration: what --print-config shows
     "warmup_epochs": Option(float, "of linear warm-up; half of the run at most"),
     "weight_decay": Option(float, "biases, norms, positions, tokens and scales have none"),
     "clip": Option(number_or_none, "largest norm of the gradient, or none"),
-    "drop_path": Option(number_or_none, "stochastic depth: 0 at the first block, rising to this", high=1),
-    "crop_scale": Option(float, "smallest and largest share of an image in a crop", 1e-6, 1, several=2),
+    "drop_path": Option(number_or_none, "stochastic depth, rising to this from block to block", high=1),
+    "crop_scale": Option(float, "share of an image in a crop: from, to", 1e-6, 1, several=2),
     "mask": Option(str, "which blocks are masked", choices=tuple(masking.MASKS)),
     "mask_size": Option(int, "side of a mask block, pixels", 1),
     "mask_ratio": Option(float, "share of masked blocks", 1e-6, 1 - 1e-6),
     "mask_layer": Option(int, "the mask token goes in just before this layer, from 0"),
     "fill": Option(str, "what masked pixels show", choices=tuple(masking.FILLS)),
-    "token": Option(str, "what the mask token does to features", choices=("add", "replace", "none")),
+    "token": Option(str, "what the token does to features", choices=("add", "replace", "none")),
     "spatial_loss": Option(str, "over masked pixels", choices=tuple(losses.ELEMENTWISE)),
     "frequency_loss": Option(name_or_none, "over frequencies", choices=(*losses.FREQUENCY, None)),
     "frequency_weight": Option(number_or_none, "λ"),
     "frequency_standin": Option(name_or_none, "for visible pixels, before the DFT",
                                 choices=(*losses.STANDINS, None)),
-    "frequency_visible": Option(number_or_none, "u, the gradient's share at visible pixels", high=1),
+    "frequency_visible": Option(number_or_none, "u, share of gradient at visible pixels", high=1),
     "token_lr_scale": Option(float, "learning rate of mask token and γ, relative to all others"),
 }
 RUN = {  # how to run it
@@ -121,19 +122,19 @@ RUN = {  # how to run it
     "out": Option(str, "folder of the run (absent: one below runs/, named after it)"),
     "seed": Option(int, "of weights, order, augmentation, drop path", -2 ** 63, 2 ** 63, default=0),
     "steps": Option(int, "stop after so many optimizer steps; the schedule stays", 1),
-    "micro_batch": Option(int, "images that a process takes through the model at once; part of the recipe "
-                          "where the frequency loss averages spectra (absent: the recipe's)", 1),
+    "micro_batch": Option(int, "images that a process takes through the model at once; part of the "
+                          "recipe where spectra are averaged (absent: the recipe's)", 1),
     "workers": Option(int, "loader processes of each process (absent: its cores, at most 8)"),
     "amp": Option(str, "mixed precision; auto: bf16 or fp16 on a GPU, off on a CPU",
                   choices=("auto", "bf16", "fp16", "off"), default="auto"),
     "compile": Option(bool, "torch.compile the model: a minute at the start, for a GPU"),
     "deterministic": Option(bool, "the same bits again on a GPU, too, at some cost in speed"),
     "log_every": Option(int, "optimizer steps between two log entries", 1, default=10),
-    "save_minutes": Option(float, "between two checkpoints; there is also one at the end, and when the run "
-                           "is stopped: by Ctrl-C, SIGTERM or SIGUSR1, with exit code 75", default=10.0),
+    "save_minutes": Option(float, "between two checkpoints; one more at the end, or when the run is "
+                           "stopped, by Ctrl-C, SIGTERM or SIGUSR1 (exit code 75)", default=10.0),
     "save_epochs": Option(int, "a checkpoint after every so many epochs, too", 1),
-    "max_bad": Option(float, "stop when more than this share of an epoch's images is unreadable", high=1,
-                      default=0.01),
+    "max_bad": Option(float, "stop when more of an epoch's images are unreadable than this share",
+                      high=1, default=0.01),
 }
 
 
@@ -146,8 +147,8 @@ class Config(dict):
 
 
 def parse(argv, doc, options, run):
-    """(Config of the configuration's keys that were given, Config of how to run). Raises ValueError."""
-    parser = runtime.Parser(description=doc)
+    """(keys of the configuration that were given, how to run), Configs. Raises ValueError."""
+    parser = runtime.Parser(usage="%(prog)s [option ...]", description=doc)
     for title, table in (("configuration", options), ("run", run)):
         group = parser.add_argument_group(title)
         for name, option in table.items():
@@ -160,8 +161,9 @@ def parse(argv, doc, options, run):
                 text += ": " + ", ".join(choice or "none" for choice in option.choices)
             if option.default is not None:
                 text += f" ({option.default})"
-            group.add_argument(flag, type=option.kind, nargs=option.several, choices=option.choices or None,
-                               metavar=name.upper(), help=text, default=argparse.SUPPRESS)
+            group.add_argument(flag, type=option.kind, nargs=option.several, help=text,
+                               choices=option.choices or None, metavar=name.upper(),
+                               default=argparse.SUPPRESS)
     given = Config(vars(parser.parse_args(argv)))
     for name, value in given.items():
         option = (options | run)[name]
@@ -183,14 +185,14 @@ def colours(given, known):
     if "mean" in given and "channels" not in given:
         result["channels"] = len(result["mean"])
     if not len(result["mean"]) == len(result["std"]) == result["channels"]:
-        raise ValueError(f"{result['channels']} channel(s) need --mean and --std of as many numbers: "
+        raise ValueError(f"{result['channels']} channel(s) need as many numbers in --mean and --std: "
                          "python extras/stats.py SRC measures them")
     return result | dict(mean=list(result["mean"]), std=list(result["std"]))
 
 
 def start_from(args, given):
     """(checkpoint of --init or None, what it says of its run, architecture). Raises ValueError."""
-    checkpoint = weights.read(args.init) if args.init is not None else None
+    checkpoint = runtime.read(args.init) if args.init is not None else None
     known = weights.run_of(checkpoint or {})
     if checkpoint and "arch" not in given and "arch" not in known:
         raise ValueError(f"{args.init} does not say which architecture it holds: "
@@ -213,13 +215,13 @@ def check(cfg):
 
 
 def pretraining(argv, doc):
-    """(configuration, how to run it, checkpoint of --init or None) of train.py. Raises ValueError."""
+    """(configuration, how to run, checkpoint of --init or None) of train.py. Raises ValueError."""
     given, args = parse(argv, doc, OPTIONS, RUN)
     checkpoint, known, arch = start_from(args, given)
     method = given.get("method", "a2mim")
     table = RECIPES if args.recipe == "imagenet" else IMAGENET100
     if arch not in table:
-        raise ValueError(f"there is no ImageNet-100 recipe of {arch}: choose from {', '.join(table)}")
+        raise ValueError(f"ImageNet-100 has no recipe of {arch}: choose from {', '.join(table)}")
 
     # the recipe of the architecture, then the method's changes, then the user's
     recipe = table[arch]
@@ -234,7 +236,7 @@ def pretraining(argv, doc):
         cfg |= dict(frequency_weight=None, frequency_standin=None, frequency_visible=None)
     if cfg.drop_path is None and recipe["drop_path"] is not None:
         cfg.drop_path = 0.0
-    cfg.crop_scale = list(cfg.crop_scale)               # as JSON has it
+    cfg.crop_scale = list(cfg.crop_scale)  # as JSON has it
 
     check(cfg)
     if cfg.img_size % cfg.mask_size:
@@ -247,7 +249,7 @@ def pretraining(argv, doc):
 
 
 def micro_batch(batch_size, asked, world, usual):
-    """Images a process takes at once: as asked, else the usual number or the largest below that divides.
+    """Images a process takes at once: as asked, or the usual number, or the largest below that fits.
 
     Raises ValueError if the batch cannot be cut like that.
     """

@@ -1,4 +1,4 @@
-"""What a script needs to run: processes, precision, requests to stop, checkpoints, errors in one line."""
+"""What a script runs on: processes, precision, requests to stop, checkpoints, plain errors."""
 import argparse
 import contextlib
 import datetime
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import data
 import model as models
 
-STOPPED = 75            # exit code of a run that was asked to stop: EX_TEMPFAIL, try again
+STOPPED = 75  # exit code of a run that was asked to stop: EX_TEMPFAIL, try again
 
 
 # ---- command lines
@@ -38,7 +38,7 @@ def run(main, argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, OSError) as error:
-        # an error of a loader process arrives with its traceback as text: the last line says what is wrong
+        # an error of a loader process comes with its traceback as text: the last line says what
         lines = str(error).strip().splitlines() or [type(error).__name__]
         message = re.sub(r"^[\w.]+(Error|BadImage): ", "", lines[-1])
         # all processes find the same mistakes; an image may be unreadable on one machine only
@@ -75,13 +75,13 @@ def setup(deterministic=False):
 
 @contextlib.contextmanager
 def local_first():
-    """One process of each machine goes first (it downloads, or lists an archive), then the others."""
+    """One process of each machine goes first: it may download, or list an archive."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not first:
         dist.barrier()
     try:
         yield
-    finally:                                            # also if it failed: the others then fail alike
+    finally:  # also if it failed: the others then fail alike
         if dist.is_initialized() and first:
             dist.barrier()
 
@@ -96,10 +96,10 @@ def workers(asked=None):
 def place(model, device, world=1):
     """The model on its device. Several GPUs normalise over their batches together."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32 where mixed precision is off
+        torch.set_float32_matmul_precision("high")  # TF32 where mixed precision is off
         if world > 1:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if not isinstance(model.encoder, models.ViT):       # convolutions are fastest with channels last
+    if not isinstance(model.encoder, models.ViT):  # convolutions are fastest with channels last
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
@@ -118,7 +118,7 @@ def precision(amp, device):
 class StopRequest:
     """`asked` becomes True with SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C leaves at once.
 
-    torchrun passes SIGTERM on. When it dies itself, its processes have another parent than `torchrun`.
+    torchrun passes SIGTERM on. When it dies itself, its processes get another parent.
     """
 
     def __init__(self):
@@ -155,35 +155,53 @@ def save(path, state, previous=None):
         with open(path + ".tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())                     # on the disk before it gets its name
-    except (OSError, RuntimeError) as error:            # torch.save may raise either on a full disk
+            os.fsync(file.fileno())  # on the disk before it gets its name
+    except (OSError, RuntimeError) as error:  # torch.save may raise either on a full disk
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
         reason = str(error).splitlines()[0]
-        raise OSError(f"{path} cannot be written ({reason}); the last checkpoint is whole") from None
+        raise OSError(f"{path} cannot be written ({reason}); the last one is whole") from None
     if previous is not None and os.path.exists(path):
         os.replace(path, previous)
     os.replace(path + ".tmp", path)
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
-        os.fsync(folder)                                # and so that the name survives a power cut
+        os.fsync(folder)  # and so that the name survives a power cut
     finally:
         os.close(folder)
+
+
+def read(path):
+    """The dictionary that a checkpoint file holds; no code in it is run. Raises ValueError."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {str(path)!r}")
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if "GLOBAL" in str(error):
+                raise ValueError(f"{path} holds Python objects beside tensors, which are never run "
+                                 "here: save its state_dict alone and pass that") from None
+            raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, no state_dict")
+    return checkpoint
 
 
 def is_undamaged(path):
     """Whether a checkpoint is what torch.save wrote: a zip file, with checksums."""
     try:
-        return zipfile.ZipFile(path).testzip() is None
-    except Exception:                                   # damage shows in half a dozen ways
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # damage shows in half a dozen ways
         return False
 
 
 def load(out, config):
     """The newest undamaged checkpoint in a run's folder, or None if there is none: a new run.
 
-    config: what the run is, which may not change when it goes on; a key that the checkpoint lacks had
-    its default. Raises ValueError if it differs, or if there are damaged checkpoints only.
+    config: what the run is, which may not change when it goes on (keys that the checkpoint lacks
+    count as the same). Raises ValueError if it differs, or if all checkpoints are damaged.
     """
     last = os.path.join(out, "last.pt")
     previous = os.path.join(out, "previous.pt")
@@ -191,22 +209,30 @@ def load(out, config):
     for path in paths:
         if not is_undamaged(path):
             continue
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
         there = config | state.get("config", {"format": "of another program"})
         differing = [key for key in there if there[key] != config.get(key)]
         if differing:
-            fields = ", ".join(f"{key} ({there[key]} there, {config.get(key)} here)" for key in differing)
-            raise ValueError(f"{out} holds another run, which differs in {fields}: "
-                             "choose another --out or remove the folder")
+            fields = [f"{key} ({there[key]} there, {config.get(key)} here)" for key in differing[:4]]
+            raise ValueError(f"{out} holds another run, which differs in {', '.join(fields)}"
+                             f"{' …' if differing[4:] else ''}: choose another --out or remove the folder")
         if path == previous and os.environ.get("RANK", "0") == "0":
             print(f"{last} is damaged or missing: going on from {previous}", flush=True)
             with contextlib.suppress(FileNotFoundError):
-                os.remove(last)                         # or it would become the next previous.pt
+                os.remove(last)  # or it would become the next previous.pt
         return state
     if paths:
         raise ValueError(f"{' and '.join(paths)} cannot be read, or are damaged: "
                          "choose another --out or remove the folder")
     return None
+
+
+def restore(checkpoint, model, optimizer, scaler):
+    """Put a checkpoint's state in its places; --amp may have changed since."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if scaler.is_enabled() and checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def open_log(out, step):
@@ -216,7 +242,7 @@ def open_log(out, step):
     if os.path.exists(path):
         with open(path) as file:
             for line in file:
-                with contextlib.suppress(ValueError):   # the last line may be a part of one
+                with contextlib.suppress(ValueError):  # the last line may be a part of one
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
     with open(path + ".tmp", "w") as file:

@@ -95,23 +95,6 @@ def unpack(checkpoint, where):
 
 # ---- in
 
-def read(path):
-    """The dictionary that a checkpoint file holds; no code in it is run. Raises ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {str(path)!r}")
-    with open(path, "rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many kinds
-            if "GLOBAL" in str(error):  # pickle's word for what it would run
-                raise ValueError(f"{path} holds Python objects beside tensors, which are never run "
-                                 "here: save its state_dict alone and pass that") from None
-            raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, no state_dict")
-    return checkpoint
-
-
 def resize_positions(name, value, like):
     """A tensor of the file in the shape of the model's; None where that cannot be.
 
@@ -140,13 +123,13 @@ def load(model, source, where="the dictionary", head=True):
     """Load the encoder of an A2MIM or a Predictor, and of the rest what is there and fits.
 
     source: a path, or the dictionary that is in a file (`where`). head=False: leave the classifier.
-    Positions are resized; what the file's encoder lacks by design is made NEUTRAL. Returns {"format",
-    "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for `unused`, the
-    file's. Raises ValueError for another encoder, and then leaves the model as it was.
+    Positions are resized; what the file's encoder lacks by design is made NEUTRAL. Returns
+    {"format", "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for
+    `unused`, the file's. Raises ValueError for another encoder; the model is then as it was.
     """
     if isinstance(source, (str, os.PathLike)):
         where = source
-        source = read(source)
+        source = runtime.read(source)
     kind, items = unpack(source, where)
     own = model.state_dict()
     names = [new for _, new, _ in items]
@@ -208,7 +191,7 @@ def open_model(path, arch=None, img_size=None):
     says, else 224. Returns (model, about): arch, size, run (our configuration), classes (names, if
     known), channels, mean and std of images, and the report of `load`. Raises ValueError.
     """
-    checkpoint = read(path)
+    checkpoint = runtime.read(path)
     kind, items = unpack(checkpoint, path)
     state = {new: value for _, new, value in items}
     run = run_of(checkpoint)
@@ -303,8 +286,8 @@ def main(argv=None):
     option("--arch", choices=models.PRESETS, help="of another project's checkpoint")
     option("--img-size", type=int, metavar="N", help="default: as the file says, else 224")
     args = parser.parse_args(argv)
-    if os.path.exists(args.out):
-        raise ValueError(f"{args.out!r} exists: choose another name, or remove it")
+    if os.path.exists(args.out) or not os.path.basename(args.out):
+        raise ValueError(f"{args.out!r} exists, or is no name of a file: choose another")
     state, call = export(args.checkpoint, args.to, args.arch, args.img_size)
     with open(args.out + ".tmp", "wb") as file:
         torch.save(state, file)

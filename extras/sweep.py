@@ -36,7 +36,8 @@ ROWS = {  # row: (what it is, options of train.py or None for no pre-training)
     "token-middle": ("A²MIM, token: before layer 2", "--mask-layer 2"),
     "token-none": ("A²MIM, token: none", "--token none"),
     "frequency-none": ("A²MIM, frequency loss: none", "--frequency-loss none"),
-    "frequency-per-image": ("A²MIM, frequency loss: per image", "--frequency-loss focal_per_image"),
+    "frequency-per-image": (
+        "A²MIM, frequency loss: per image", "--frequency-loss focal_per_image"),
 }
 SEVERAL = ["scratch", "simmim", "a2mim"]                # rows that are trained with several seeds
 TABLES = {  # archs: {architecture: epochs of pre-training}; epochs, options: of fine-tuning
@@ -61,10 +62,11 @@ def is_done(table, folder):
 def missing(args, table):
     """(table, arch, row, seed, folder) of the runs that lack a result, in order."""
     for seed in range(args.seeds):
-        for row in TABLES[table]["rows"] if seed == 0 else SEVERAL:
+        for row in TABLES[table]["rows"]:
             for arch in TABLES[table]["archs"]:
                 folder = pathlib.Path(args.out, table, arch, row, f"seed{seed}")
-                if not is_done(table, folder):
+                wanted = seed == 0 or row in SEVERAL
+                if wanted and not is_done(table, folder):
                     yield table, arch, row, seed, folder
 
 
@@ -87,7 +89,7 @@ def commands(args, table, arch, row, seed, folder):
         yield task, tuning + ["--eval-every", epochs] + spec["options"].split()
 
 
-def train(args, number, run):
+def train(pool, args, number, run):
     """Do what is missing of a run. Returns its folder. Raises ValueError if a program fails."""
     folder = run[-1]
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +107,7 @@ def train(args, number, run):
             entry = dict(what=name, seconds=round(time.time() - began), exit=code, jobs=args.jobs)
             times.write(json.dumps(entry | dict(machine=machine)) + "\n")
         if code:
+            pool.shutdown(wait=False, cancel_futures=True)              # no other run begins
             raise ValueError(f"{script} left with exit code {code}: see {folder / name}.txt. "
                              "The same command goes on from there")
     return folder
@@ -165,13 +168,13 @@ def main(argv=None):
     args.out = args.out or f"runs/sweep{args.scale if args.scale > 1 else ''}"
     tables = [args.table] if args.table else list(TABLES)
 
-    # runs begin in order, args.jobs at a time; after one that failed, no more begin
     if not args.show:
         runs = [run for table in tables for run in missing(args, table)]
         print(f"{len(runs)} runs to do, {args.jobs} at a time, in {args.out}", flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            for folder in pool.map(train, [args] * len(runs), range(len(runs)), runs):
-                print(folder, flush=True)
+            futures = [pool.submit(train, pool, args, i, run) for i, run in enumerate(runs)]
+            for future in futures:
+                print(future.result(), flush=True)
     for table in tables:
         show(args.out, table)
 
