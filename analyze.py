@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import data
+import finetune
 import masking
 import model as models
 import runtime
@@ -41,15 +43,13 @@ SHARES = [0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95]  # of patches that are dro
 # errors[, means of each head])}, or none where it does not apply; a note; what its figure needs
 # beside. Its docstring, on index.html, says how to read the figure.
 
-
 # ---- A²MIM: reconstructions
 
 def reconstruct(c):
-    """Held-out images, what a model sees of them, what it paints, and both together. Shades that go
-    on across borders of blocks are low frequencies, edges the middle ones that A²MIM is after."""
+    """Rows of held-out images, what a model sees of them, what it paints, and both together. Shades
+    that go on across borders of blocks are low frequencies, edges the middle ones."""
     if not c.mim:
-        return {}, "not applicable: no decoder, or no mask token, in its file", {}
-    pictures = {}
+        return {}, "not applicable: no decoder, or no mask token, in its file", None
     errors = []
     for image, _, first in batches(c):
         draws = [data.generator(c.args.seed, "mask", first + i) for i in range(len(image))]
@@ -57,9 +57,8 @@ def reconstruct(c):
         mask = mask.to(image.device)
         rows = c.mim.reconstruct(image, mask)
         if first == 0:
-            for what, row in zip(("image", "masked", "reconstruction", "composite"), rows):
-                row = data.visible(data.denormalize(row[:8], c.mean, c.std))
-                pictures[f"{c.name}\n{what}"] = row.cpu()
+            pictures = torch.cat([row[:8] for row in rows])
+            pictures = data.visible(data.denormalize(pictures, c.mean, c.std)).cpu()
         # mean of |x̂ − x| over masked pixels, of the reconstruction and of the image's mean colour
         M = masking.resize(mask, image.shape[-2:])
         pixels = image.shape[1] * M.sum((1, 2, 3))
@@ -111,10 +110,8 @@ def contexts(players, pairs, size, count, rng):
 
 def interactions(value, players, pairs, sizes, count, rng):
     """I⁽ᵐ⁾(i,j) = mean over contexts S of m players of v(S∪{i,j}) − v(S∪{i}) − v(S∪{j}) + v(S),
-    (len(sizes), P). (Deng et al., arXiv 2111.06236.)
-
-    value: coalitions (n, players) bool → v (n,) float64, called once, with each coalition once.
-    """
+    (len(sizes), P) (Deng et al., arXiv 2111.06236). value: coalitions (n, players) bool → v (n,)
+    float64; it is called once, with each coalition once."""
     player = np.arange(players)
     i = player == pairs[:, 0, None, None]  # (P, 1, players): this player alone
     j = player == pairs[:, 1, None, None]
@@ -129,19 +126,18 @@ def interactions(value, players, pairs, sizes, count, rng):
     v = value(distinct)[inverse.reshape(-1)]
 
     means = []
-    for game, v in zip(games, np.split(v, np.cumsum([game[..., 0].size for game in games])[:-1])):
-        v_ij, v_i, v_j, v_none = v.reshape(game.shape[:3])
+    ends = np.cumsum([game[..., 0].size for game in games])
+    for game, part in zip(games, np.split(v, ends[:-1])):
+        v_ij, v_i, v_j, v_none = part.reshape(game.shape[:3])
         means.append((v_ij - v_i - v_j + v_none).mean(1))
     return np.stack(means)
 
 
 def interaction(c):
     """What two neighbouring patches do for a class together and not apart, while m others are
-    visible; each model's mean is 1. A²MIM finds that masked image modeling strengthens the middle
-    orders. Sampled contexts add noise: compare models at the same number of them only."""
+    visible; a model's mean is 1. Compare models at the same number of contexts: few add noise."""
     if not c.logits:
         return {}, "not applicable: no classifier; finetune.py gives it one", None
-    args = c.args
     sizes = [int((c.grid ** 2 - 2) * order) for order in ORDERS]
     strengths = []
     for image, label, index in batches(c, batch=1):
@@ -149,21 +145,20 @@ def interaction(c):
 
         def value(coalitions):  # v = log p/(1 − p); absent patches show the mean colour
             v = []
-            for part in torch.from_numpy(coalitions).split(args.batch):
+            for part in torch.from_numpy(coalitions).split(c.args.batch):
                 present = part.view(-1, c.grid, c.grid).to(image.device)
                 logits = c.logits(image * masking.resize(present, image.shape[-2:])).double()
                 others = logits.index_fill(1, target, -math.inf)
                 v.append(logits[:, target[0]] - others.logsumexp(1))  # = z_t − log Σ_{k≠t} exp z_k
             return torch.cat(v).cpu().numpy()
 
-        rng = np.random.default_rng((args.seed % 2 ** 63, index))  # the same game for all models
-        pairs = draw_pairs(c.grid, args.pairs, rng)
-        I = interactions(value, c.grid ** 2, pairs, sizes, args.contexts, rng)
+        rng = np.random.default_rng((c.args.seed % 2 ** 63, index))  # the same game for all models
+        pairs = draw_pairs(c.grid, c.args.pairs, rng)
+        I = interactions(value, c.grid ** 2, pairs, sizes, c.args.contexts, rng)
         strengths.append(torch.from_numpy(np.abs(I).mean(1)))
     # J⁽ᵐ⁾ = mean |I⁽ᵐ⁾| / its mean over orders
     J = jackknife(torch.stack(strengths), lambda total: total / total.mean().clamp(min=1e-300))
-    classes = "true" if c.known else "predicted"
-    note = f"{args.pairs} pairs, {args.contexts} contexts, for the {classes} class"
+    note = f"for the {'true' if c.known else 'predicted'} class"
     return {"interaction strength J by order m / (n² − 2)": (ORDERS, *J)}, note, None
 
 
@@ -194,9 +189,8 @@ def fit_probes(c):
 
 
 def occlusion(c):
-    """Top-1 while more and more patches, drawn at random, show the data set's mean colour (Naseer
-    et al., arXiv 2105.10497). A²MIM finds that after masked image modeling it falls later. Compare
-    the right panel where models differ on whole images."""
+    """Top-1 while patches, drawn at random, show the data set's mean colour (Naseer et al., arXiv
+    2105.10497). Compare the right panel where models differ on whole images."""
     probe = None if c.known else fit_probes(c)[-1]
     hits = []
     for image, label, first in batches(c, labels=True):
@@ -232,9 +226,8 @@ def spectrum(z):
 
 
 def fourier(c):
-    """How much of each feature map is high frequency, and how much it varies from place to place.
-    Park and Kim find that attention lowers both, and convolutions and MLPs raise them. 1a: after
-    the attention of block 1; 1.2: after block 2 of stage 1."""
+    """High frequencies of each feature map, and its variance over positions: attention lowers both
+    (Park and Kim). 1a: after the attention of block 1; 1.2: after block 2 of stage 1."""
     amplitudes = []
     variances = []
     for image, _, _ in batches(c):
@@ -254,8 +247,7 @@ def fourier(c):
 # ---- Dark Secrets: attention
 
 def log_attention(attention, x):
-    """Logarithm of what Attention.forward never makes, each query's attention to each key:
-    (B, N, D) → (B, heads, N, N)."""
+    """Logarithm of each query's attention to each key: (B, N, D) → (B, heads, N, N)."""
     q, k, _ = attention.project(x)
     logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     bias = attention.position_bias(q.dtype)
@@ -280,9 +272,8 @@ def attention_measures(log_p, patch):
 
 
 def attention(c):
-    """How far heads look (a dot a head, the line their mean), how spread their attention is, and
-    how much heads of a block differ. Dark Secrets finds near and far heads in all blocks after
-    masked image modeling; in a supervised model's last blocks all look far and alike."""
+    """How far heads look (a dot a head), how spread their attention is, how much they differ. Dark
+    Secrets finds near and far heads in all blocks after masked image modeling."""
     if not isinstance(c.encoder, models.ViT):
         return {}, f"not applicable: a {c.arch} has no attention", None
     patch = c.size / c.grid
@@ -312,9 +303,8 @@ def attention(c):
 # ---- Dark Secrets: similarity of layers, dropping layers
 
 def centred_gram(z):
-    """U-centred linear kernel of the features (n, ...) of n images, (n·n,) float64 (Székely and
-    Rizzo, 2014). The inner product of two, over n(n − 3), is their unbiased HSIC (Song et al.,
-    JMLR 2012)."""
+    """U-centred linear kernel of n features, (n, ...) → (n·n,) float64. The inner product of two,
+    over n(n − 3), is their unbiased HSIC (Song et al., JMLR 2012)."""
     n = len(z)
     x = z.flatten(1).double()
     x = x - x.mean(0)
@@ -349,8 +339,7 @@ def hsic_of(checkpoints, batch):
 
 def cka(c):
     """How alike two layers represent images (1: up to rotation and scale), from the stem, bottom
-    left, to the last block. Dark Secrets finds the layers of a masked image model alike, while
-    those of a supervised one drift."""
+    left, to the last block. Dark Secrets finds a masked image model's layers alike."""
     batch = max(4, min(c.args.batch, c.args.images // 10))
     sums = hsic_of(tuple(c.all), batch)
     sizes = [len(other.layers) for other in c.all]
@@ -384,7 +373,7 @@ def layers(c):
 
 def walk(encoder, image, halves=False):
     """Yields (name, feature map (B, C, h, w)) after the stem and every block, for normalised images
-    (B, C, S, S); with halves, after a ViT's attentions, too. Class token and final norm left out."""
+    (B, C, S, S); with halves, after a ViT's attentions, too. No class token, no final norm."""
     z = encoder.stem(image)
     yield "stem", z
     if isinstance(encoder, models.ViT):
@@ -405,15 +394,15 @@ def walk(encoder, image, halves=False):
 
 class Checkpoint:
     """A model under study: encoder; logits, its Predictor, or None; mim, its A2MIM, or None if the
-    file lacks decoder or token; layers, names of stem and blocks; grid, patches a side."""
+    file lacks decoder or token; layers, names of stem and blocks; grid, patches a side. main adds
+    all checkpoints, their images, and whether its head is known to be for these."""
 
     def __init__(self, text, args):
         # [NAME=]PATH[:ARCH]; a run is called after its folder
-        self.name, path, arch = re.fullmatch(r"(?:([^=/]+)=)?(.*?)(?::(\w+))?", text).groups()
-        folder, file = os.path.split(os.path.abspath(path))
-        if not self.name:
-            self.name = folder if file in ("last.pt", "best.pt") else os.path.splitext(file)[0]
-            self.name = os.path.basename(self.name)
+        name, path, arch = re.fullmatch(r"(?:([^=/]+)=)?(.*?)(?::(\w+))?", text).groups()
+        file = pathlib.Path(path).absolute()
+        run = file.name in ("last.pt", "best.pt")
+        self.name = name or (file.parent.name if run else file.stem)
 
         model, about = weights.open_model(path, arch)
         self.args = args
@@ -444,23 +433,20 @@ def batches(c, split="val", labels=False, batch=None):
     """Yields (images (B, C, S, S), labels (B,), position of the first), the same images for all
     checkpoints. labels: only images that have one."""
     args = c.args
+    batch = batch or args.batch
     source = c.images[split]
     if labels:
         source = Subset(source, np.flatnonzero(source.labels >= 0).tolist())
     count = args.images if split == "val" else args.probe_images
     chosen = torch.randperm(len(source), generator=data.generator(args.seed, split))[:count]
-    parts = chosen.split(batch or args.batch)
+    views = finetune.TestViews(source, dict(test_resize=c.resize, test_crop=c.size))
+    parts = [part.tolist() for part in chosen.split(batch)]
+    loader = data.loader(views, parts, runtime.workers(args.workers))
     first = 0
-    for part in tqdm(parts, desc=c.name, leave=False, disable=None):  # on a terminal only
-        image = []
-        label = []
-        for position, index in enumerate(part.tolist(), first):
-            (pixels, kind), _ = data.readable(source, index, args.seed, 0, position)
-            image.append(data.evaluation_crop(pixels, c.resize, c.size))
-            label.append(kind)
-        image = data.normalize(torch.stack(image).to(c.device), c.mean, c.std)
-        yield image, torch.tensor(label).to(c.device), first
-        first += len(part)
+    for image, label, _ in tqdm(loader, desc=c.name, leave=False, disable=None):
+        image = data.normalize(image.to(c.device), c.mean, c.std)
+        yield image, label.to(c.device), first
+        first += len(image)
 
 
 # ---- numbers and figures
@@ -495,18 +481,6 @@ def draw_curves(figure, curves, more):
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def draw_pictures(figure, curves, more):
-    """more: {checkpoint: {what: uint8 images (B, 3, S, S)}}, a row each."""
-    rows = {}
-    for pictures in more.values():
-        rows.update(pictures)
-    figure.set_size_inches(9, 1.15 * len(rows))
-    for ax, (what, row) in zip(figure.subplots(len(rows)), rows.items()):
-        ax.imshow(row.permute(2, 0, 3, 1).flatten(1, 2).numpy())
-        ax.set_ylabel(what, rotation=0, ha="right", va="center", fontsize=7)
-        ax.set(xticks=[], yticks=[])
-
-
 def draw_map(figure, curves, more):
     """more: {checkpoint: its rows of the matrix of all layers; where those of each end}."""
     figure.set_size_inches(3.5 + 2 * len(more), 2.5 + 2 * len(more))
@@ -522,7 +496,6 @@ def draw_map(figure, curves, more):
 
 ANALYSES = dict(reconstruct=reconstruct, interaction=interaction, occlusion=occlusion,
                 fourier=fourier, attention=attention, cka=cka, layers=layers)
-FIGURES = dict(reconstruct=draw_pictures, cka=draw_map)  # all others: draw_curves
 
 
 # ---- command line
@@ -531,8 +504,7 @@ def main(argv=None):
     parser = runtime.Parser("analyze.py", description=__doc__)
     option = parser.add_argument
     option("checkpoints", nargs="+", metavar="CHECKPOINT", help="several are drawn in one figure")
-    option("--only", default=",".join(ANALYSES), metavar="NAME[,NAME …]",
-           help=f"of {', '.join(ANALYSES)} (all)")
+    option("--only", default=",".join(ANALYSES), help="analyses, with commas between them (all)")
     option("--data", help="as for train.py; its held-out images are used (the first checkpoint's)")
     option("--images", type=int, default=64, help="how many of them, drawn by --seed (64)")
     option("--probe-images", type=int, default=2000, help="training images for a probe (2000)")
@@ -540,6 +512,7 @@ def main(argv=None):
     option("--contexts", type=int, default=10, help="interaction: contexts a pair (10; as above)")
     option("--batch", type=int, default=64, help="images at once (64)")
     option("--seed", type=int, default=0, help="of images, masks, dropped patches and games (0)")
+    option("--workers", type=int, help="loader processes (the cores there are, at most 8)")
     option("--out", help="folder of the results (one below runs/, named after the checkpoints)")
     args = parser.parse_args(argv)
     analyses = args.only.split(",")
@@ -555,31 +528,28 @@ def main(argv=None):
     source = args.data or checkpoints[0].run.get("data", "shapes")
     size = max(c.size for c in checkpoints)
     train = data.open_source(source, "train", size)
-    held_out = data.open_source(source, "val", size)
-    classes = list(held_out.classes)
-    args.images = min(args.images, len(held_out))
+    val = data.open_source(source, "val", size)
+    classes = list(val.classes)
+    args.images = min(args.images, len(val))
     args.probe_images = min(args.probe_images, int((train.labels >= 0).sum()))
     for key, least in dict(images=8, pairs=1, contexts=1, batch=4).items():
         if getattr(args, key) < least:
             raise ValueError(f"{key}: {getattr(args, key)}, where {least} or more are needed")
-    if min(args.probe_images, (held_out.labels >= 0).sum()) < 8 or len(classes) < 2:
+    if min(args.probe_images, (val.labels >= 0).sum()) < 8 or len(classes) < 2:
         print("no occlusion, no layers: they need images with labels, of two classes or more")
         analyses = [name for name in analyses if name not in ("occlusion", "layers")]
     for c in checkpoints:
         c.all = checkpoints
-        c.images = dict(train=data.Channels(train, c.channels),
-                        val=data.Channels(held_out, c.channels))
+        c.images = dict(train=data.Channels(train, c.channels), val=data.Channels(val, c.channels))
         same = c.classes is None or c.classes == classes
         c.known = bool(c.logits) and c.logits.head.out_features == len(classes) and same
 
     out = args.out or os.path.join("runs", f"analysis-{'-'.join(names)}"[:160])
     os.makedirs(out, exist_ok=True)
-    title = ", ".join(f"{c.name} ({c.arch}, {c.size} px)" for c in checkpoints)
-    what = f"{args.images} held-out images of {source}, seed {args.seed}"
-    print(f"{title}: {what}")
-    if not Figure:
-        print("no figures, only numbers: pip install matplotlib for them")
-    page = f"<!doctype html><meta charset=utf-8><h1>{html.escape(title)}</h1><p>{html.escape(what)}"
+    shown = ", ".join(f"{c.name} ({c.arch}, {c.size} px)" for c in checkpoints)
+    shown += f": {args.images} held-out images of {source}, seed {args.seed}"
+    page = f"<!doctype html><meta charset=utf-8><h1>nanoA2MIM</h1><p>{html.escape(shown)}"
+    print(shown if Figure else f"{shown}; no figures: pip install matplotlib for them")
 
     # one after the other: table, numbers, figure, and their section of the page
     for name in analyses:
@@ -588,27 +558,33 @@ def main(argv=None):
         more = {}
         lines = []
         for c in checkpoints:
-            each, note, more[c.name] = ANALYSES[name](c)
+            each, note, beside = ANALYSES[name](c)
             lines.append(f"{c.name}: {note}")
+            if beside is not None:
+                more[c.name] = beside
             for quantity, curve in each.items():
                 curves.setdefault(quantity, {})[c.name] = curve
-                rows = zip(*curve[:3])
-                cells = [f"{place}: {mean:.4g} ± {error:.2g}" for place, mean, error in rows]
+                cells = [f"{x}: {mean:.4g} ± {error:.2g}" for x, mean, error in zip(*curve[:3])]
                 lines.append(f"  {quantity}\n    {'   '.join(cells)}")
         text = "\n".join(lines)
         print(text, flush=True)
         page += f"\n<h2>{name}</h2><p>{ANALYSES[name].__doc__}<pre>{html.escape(text)}</pre>"
-        results = dict(checkpoints=args.checkpoints, data=source, images=args.images,
-                       seed=args.seed, notes=lines, curves=curves)
-        if name == "cka":
-            results["more"] = more
+        more_numbers = more if name == "cka" else None
+        results = vars(args) | dict(data=source, notes=lines, curves=curves, more=more_numbers)
         with open(os.path.join(out, f"{name}.json"), "w") as file:
             json.dump(results, file, allow_nan=False)
-        if curves and Figure:
+
+        picture = os.path.join(out, f"{name}.png")
+        if name == "reconstruct" and curves:
+            rows = [F.interpolate(pictures, size) for pictures in more.values()]
+            data.write_picture(picture, torch.cat(rows), 8)
+        elif curves and Figure:
             figure = Figure(layout="constrained", dpi=120)
-            FIGURES.get(name, draw_curves)(figure, curves, more)
-            figure.savefig(os.path.join(out, f"{name}.png"))
-            page += f'<img src="{name}.png" style="max-width:100%">'
+            draw = draw_map if name == "cka" else draw_curves
+            draw(figure, curves, more)
+            figure.savefig(picture)
+        if curves:
+            page += f'<img src="{name}.png" alt="" style="max-width:100%">'
         with open(os.path.join(out, "index.html"), "w") as file:
             file.write(page)
     print(f"\nLook at {out}/index.html")

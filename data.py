@@ -40,7 +40,7 @@ BICUBIC = InterpolationMode.BICUBIC
 BILINEAR = InterpolationMode.BILINEAR
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")     # no EPS: Pillow would start a program
-LARGEST = 8 * Image.MAX_IMAGE_PIXELS                    # bytes of a file, 716 MB
+LARGEST = 8 * Image.MAX_IMAGE_PIXELS                    # of a file: 716 MB, 8 bytes a pixel
 
 
 # ---- random streams
@@ -120,15 +120,19 @@ class Files:
     def arrange(self, root, names, folders, split):
         """Sets the attributes, from the names below root of all images, in order, and of folders.
         Returns the positions of the split's images. Raises ValueError if there are no images."""
-        tops = {name.split("/")[0] for name in folders} if split != "all" else set()
+        tops = {name.split("/")[0] for name in folders}
+        train = "train" if "train" in tops else ""
         test = next((name for name in ("val", "valid", "test") if name in tops), "")
-        part = "train" if "train" in tops else ""
-        hold_out = split != "all" and not (part and test)
-        if split == "test" and not part:
+        hold_out = False
+        if split == "all":
+            part = ""
+        elif train and test:
+            part = train if split == "train" else test
+        elif split == "test" and not train:
             part = test
-            hold_out = False
-        elif split != "train" and part and test:
-            part = test
+        else:
+            part = train
+            hold_out = True
         self.root = os.path.join(root, part) if part else root
         prefix = part + "/" if part else ""
 
@@ -146,7 +150,8 @@ class Files:
         kept = np.arange(len(chosen))
         if hold_out:
             every = len(kept) // max(len(kept) // 100, min(8, len(kept) // 4), 1)
-            kept = kept[(kept % every == 0) == (split != "train")]
+            held_out = kept % every == 0
+            kept = kept[~held_out if split == "train" else held_out]
         # arrays, no lists of Python's objects: forked workers share them instead of copying them
         self.labels = np.array([number[name] for name in classes])[kept]
         self.paths = np.array([os.fsencode(paths[i]) for i in kept], np.bytes_)
@@ -168,15 +173,15 @@ class Folder(Files):
                              f"a folder of .tar shards, or one of {', '.join(SOURCES)}")
         names = []
         folders = []
-        above = {root: {os.path.realpath(root)}}        # of each folder, itself and those around it
+        ancestors = {root: {os.path.realpath(root)}}    # and the folder itself
         for folder, subfolders, files in os.walk(root, followlinks=True):
             prefix = "" if folder == root else os.path.relpath(folder, root) + "/"
             names += [prefix + name for name in files if name.lower().endswith(EXTENSIONS)]
             for name in list(subfolders):
                 path = os.path.join(folder, name)
-                above[path] = above[folder] | {os.path.realpath(path)}
-                if len(above[path]) == len(above[folder]):
-                    subfolders.remove(name)             # a link to where we came from
+                ancestors[path] = ancestors[folder] | {os.path.realpath(path)}
+                if os.path.realpath(path) in ancestors[folder]:
+                    subfolders.remove(name)             # a link that leads back to itself
             folders += [prefix + name for name in subfolders]
         self.arrange(root, sorted(names), folders, split)
 
@@ -311,7 +316,7 @@ class Download:
 class Channels:
     """A source all of whose images have so many channels: colours become grey, grey ones get three
     equal channels, others are a BadImage. Everything else is the source's own."""
-    source = None                                       # while a copy is made
+    source = None                                       # or __getattr__ would recurse in unpickling
 
     def __init__(self, source, channels):
         self.source = source
@@ -447,7 +452,8 @@ class Batches:
     def __iter__(self):
         shuffled = None
         positions = torch.arange(self.batch_size)
-        spread = (positions % self.repeats).argsort(stable=True)    # neighbours differ
+        # with 2 repeats, images a a b b become a b a b: neighbours are different ones
+        spread = (positions % self.repeats).argsort(stable=True)
         for step in self.steps:
             epoch, first = divmod(step, self.steps_per_epoch)
             first *= self.batch_size
@@ -501,7 +507,7 @@ class Crops(torch.utils.data.Dataset):
 
 @functools.cache
 def constants(device, mean, std):
-    """Mean and deviation of bytes, (C, 1, 1) each, made once: a copy stops the host."""
+    """Mean and deviation of bytes, (C, 1, 1) each, made once: a copy to a GPU would wait."""
     return tuple(255 * torch.tensor(c, device=device).view(-1, 1, 1) for c in (mean, std))
 
 
@@ -551,7 +557,7 @@ def loader(dataset, batches, workers):
 
 @atexit.register
 def kill_workers():
-    """Those that a failure left would ignore multiprocessing's request to end."""
+    """Workers ignore SIGTERM: after a failure, multiprocessing would wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # or PyTorch would complain that they died
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -258,10 +258,12 @@ def main(argv=None):
     slow = False
     t0 = time.time()
     step0 = start
+    # `step` steps are done: a pass tests and saves what they made, then takes the next step; the
+    # last pass only tests and saves
     for step in range(start, stop + 1):
         # test after epochs and at the end; a run that is asked to stop does so when it goes on
-        end_of_epoch = step > 0 and step % (steps_per_epoch * args.eval_every) == 0
-        if step == stop or (end_of_epoch and step != tested and not asked):
+        test_due = step > 0 and step % (steps_per_epoch * args.eval_every) == 0
+        if step == stop or (test_due and step != tested and not asked):
             metrics = evaluate(tested_model, test_loader, task, cfg, device, autocast, args.max_bad)
             epoch = (step - 1) // steps_per_epoch + 1
             better = best is None or task.sign * (metrics[task.metric] - best[task.metric]) > 0
@@ -318,8 +320,9 @@ def main(argv=None):
         model.train()
         if frozen:
             model.encoder.eval()
+        # batch norm's statistics are put back if the step is skipped
         loss = torch.zeros(1, device=device)
-        statistics = optim.statistics(model)
+        batchnorm = optim.statistics(model)
         for micro_step in range(accumulate):
             image, target, replaced = next(loader)
             unreadable += int(replaced.sum())
@@ -343,7 +346,7 @@ def main(argv=None):
             loss /= world
 
         # clip and step; where the loss or the gradient is not finite, the step is skipped instead
-        skip = optim.update(model, optimizer, scaler, cfg.clip, loss[0], statistics)
+        skip = optim.update(model, optimizer, scaler, cfg.clip, loss[0], batchnorm)
         if ema:
             ema.update(model, step)
         skipped[0] += skip
@@ -354,7 +357,7 @@ def main(argv=None):
         # look at what came of it: only here does Python wait for the device. One process sees at
         # once that it is to stop or to save; several ask each other when they log or an epoch ends,
         # or each step where steps take over a second.
-        asked = stop_request.asked or stop_request.torchrun not in (None, os.getppid())
+        asked = stop_request.pending()
         due = master_process and time.time() > next_save
         log_now = done % args.log_every == 0 or done in (start + 1, stop)
         end_of_epoch = done % steps_per_epoch == 0
@@ -366,19 +369,20 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(sums)
         asked, due, all_unreadable, seconds = sums.tolist()
-        slow = seconds / world > 1
+        seconds /= world
+        slow = seconds > 1
         counts = dict(unreadable=int(all_unreadable))
         counts["skipped"], counts["skipped_in_a_row"] = skipped.tolist()
         if counts["skipped_in_a_row"] >= 20:
             raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller --lr, "
                              f"or --amp off; {out}/last.pt is from before")
         too_bad = counts["unreadable"] > args.max_bad * steps_per_epoch * cfg.batch_size
-        epochs_due = done % ((args.save_epochs or total) * steps_per_epoch) == 0
+        epochs_due = done % ((args.save_epochs or cfg.epochs) * steps_per_epoch) == 0
         save_now = asked or due or too_bad or epochs_due
 
         # log
         if log_now:
-            speed = world * cfg.batch_size / seconds
+            speed = cfg.batch_size / seconds
             entry = dict(step=done, epoch=step // steps_per_epoch + 1, loss=loss.item(),
                          lr=cfg.lr * lr_factor, skipped=counts["skipped"],
                          unreadable=counts["unreadable"], images_per_second=speed)
@@ -404,8 +408,8 @@ def main(argv=None):
 def open_labelled(cfg, split, task):
     """(source of images that have a label, names of the classes). Raises ValueError."""
     if task != "class":
-        world = shapes.Shapes(cfg.img_size, split, target=task)
-        return data.Channels(world, cfg.channels), None
+        source = shapes.Shapes(cfg.img_size, split, target=task)
+        return data.Channels(source, cfg.channels), None
     source = data.open_source(cfg.data, split, cfg.img_size, cfg.channels)
     if getattr(source, "empty", None):
         raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, "

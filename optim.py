@@ -145,7 +145,9 @@ def update(model, optimizer, scaler, clip, loss, before):
     clip = math.inf if clip is None else clip
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     skipped = (~(norm + loss).isfinite()).float()
-    optimizer.found_inf = skipped  # fused optimizers look at it on the device
+    # in place of scaler.step(): fused optimizers read found_inf on the device and leave the step out,
+    # without a GPU→CPU synchronisation; here also where the loss is not finite
+    optimizer.found_inf = skipped
     optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""What a script runs on: processes, precision, requests to stop, checkpoints, plain errors."""
+"""What scripts share: processes, precision, requests to stop, checkpoints, errors in one line."""
 import argparse
 import contextlib
 import datetime
@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 import zipfile
 
 import torch
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, argv=None):
-    """Call a script's main. What its user can mend becomes one line and exit code 2."""
+    """Call a script's main. A user's mistake is printed in one line, and the exit code is 2."""
     try:
         main(argv)
         if dist.is_initialized():
@@ -45,6 +46,8 @@ def run(main, argv=None):
         if os.environ.get("RANK", "0") == "0" or isinstance(error, data.BadImage):
             script = os.path.basename(main.__code__.co_filename)
             print(f"{script}: {message}", file=sys.stderr)
+        else:
+            time.sleep(3)  # torchrun ends all processes when the first one leaves
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -116,7 +119,7 @@ def precision(amp, device):
 # ---- requests to stop
 
 class StopRequest:
-    """`asked` becomes True with SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C leaves at once.
+    """`pending()` after SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C leaves at once.
 
     torchrun passes SIGTERM on. When it dies itself, its processes get another parent.
     """
@@ -133,6 +136,10 @@ class StopRequest:
             data.kill_workers()
             os._exit(130)
         self.asked = True
+
+    def pending(self):
+        """Whether to stop: asked for, or torchrun is gone and nobody else would stop us."""
+        return self.asked or self.torchrun not in (None, os.getppid())
 
     def restore(self):
         """Signals do again what they did before."""
@@ -159,7 +166,8 @@ def save(path, state, previous=None):
     except (OSError, RuntimeError) as error:  # torch.save may raise either on a full disk
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        reason = str(error).splitlines()[0]
+        # where torch.save was told that the disk is full, it complains of something else
+        reason = str(error.__context__ or error).splitlines()[0]
         raise OSError(f"{path} cannot be written ({reason}); the last one is whole") from None
     if previous is not None and os.path.exists(path):
         os.replace(path, previous)
@@ -192,7 +200,9 @@ def is_undamaged(path):
     """Whether a checkpoint is what torch.save wrote: a zip file, with checksums."""
     try:
         with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
+            # a flipped bit may call an entry a folder: Python would not mind, but PyTorch believes it
+            folders = [entry for entry in file.infolist() if entry.external_attr & 16]
+            return not folders and file.testzip() is None
     except Exception:  # damage shows in half a dozen ways
         return False
 
@@ -209,7 +219,10 @@ def load(out, config):
     for path in paths:
         if not is_undamaged(path):
             continue
-        state = read(path)
+        try:
+            state = read(path)
+        except ValueError:
+            continue
         there = config | state.get("config", {"format": "of another program"})
         differing = [key for key in there if there[key] != config.get(key)]
         if differing:

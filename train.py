@@ -112,7 +112,8 @@ def main(argv=None):
         sys.stdout.flush()
     if start >= stop:
         if master_process:
-            print("nothing is left to do: choose more --steps, or another --out")
+            more = "--steps" if start < total else "--out: the run is finished"
+            print(f"nothing is left to do: choose another {more}")
         return
     if master_process:
         os.makedirs(out, exist_ok=True)
@@ -140,8 +141,9 @@ def main(argv=None):
             unreadable = 0
 
         # forward and backward, micro-batch by micro-batch
+        # the loss and its two terms; batch norm's statistics, put back if the step is skipped
         parts = torch.zeros(3, device=device)
-        statistics = optim.statistics(model)
+        batchnorm = optim.statistics(model)
         for micro_step in range(accumulate):
             image, mask, replaced = next(loader)
             unreadable += int(replaced.sum())
@@ -152,19 +154,19 @@ def main(argv=None):
             if world > 1:
                 # gradients travel between processes once, with the last micro-batch
                 replica.require_backward_grad_sync = micro_step == accumulate - 1
+            # the model masks the image (A2MIM.encode); the target is the whole image, in float32
             with autocast:
                 reconstruction = replica(image, mask)
-            # the loss is computed in float32
-            loss = criterion(reconstruction, image, mask)
-            scaler.scale(loss["loss"] / accumulate).backward()
-            micro_parts = torch.stack([loss["loss"], loss["spatial"], loss["frequency"]])
-            parts += micro_parts.detach() / accumulate
+            terms = criterion(reconstruction, image, mask)
+            scaler.scale(terms["loss"] / accumulate).backward()
+            terms = torch.stack([terms["loss"], terms["spatial"], terms["frequency"]])
+            parts += terms.detach() / accumulate
         if world > 1:
             dist.all_reduce(parts)
             parts /= world
 
         # clip and step; where the loss or the gradient is not finite, the step is skipped instead
-        skip = optim.update(model, optimizer, scaler, cfg.clip, parts[0], statistics)
+        skip = optim.update(model, optimizer, scaler, cfg.clip, parts[0], batchnorm)
         skipped[0] += skip
         skipped[1] = (skipped[1] + 1) * skip
         done = step + 1
@@ -173,10 +175,10 @@ def main(argv=None):
         # look at what came of it: only here does Python wait for the device. One process sees at
         # once that it is to stop or to save; several ask each other when they log, or each step
         # where steps take over a second.
-        asked = stop_request.asked or stop_request.torchrun not in (None, os.getppid())
+        asked = stop_request.pending()
         due = master_process and time.time() > next_save
         log_now = done % args.log_every == 0 or done in (start + 1, stop)
-        save_now = done == stop or done % ((args.save_epochs or total) * steps_per_epoch) == 0
+        save_now = done == stop or done % ((args.save_epochs or cfg.epochs) * steps_per_epoch) == 0
         if not (log_now or save_now or slow or (world == 1 and (asked or due))):
             continue
         seconds = (time.time() - t0) / (done - step0)
@@ -184,7 +186,8 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(sums)
         asked, due, all_unreadable, seconds = sums.tolist()
-        slow = seconds / world > 1
+        seconds /= world
+        slow = seconds > 1
         counts = dict(unreadable=int(all_unreadable))
         counts["skipped"], counts["skipped_in_a_row"] = skipped.tolist()
         if counts["skipped_in_a_row"] >= 20:
@@ -195,7 +198,7 @@ def main(argv=None):
         # log
         if log_now:
             loss, spatial, frequency = parts.tolist()
-            speed = world * cfg.batch_size / seconds
+            speed = cfg.batch_size / seconds
             entry = dict(step=done, epoch=step // steps_per_epoch + 1, loss=loss, spatial=spatial,
                          frequency=frequency, lr=cfg.lr * lr_factor, skipped=counts["skipped"],
                          unreadable=counts["unreadable"], images_per_second=speed)
@@ -259,7 +262,7 @@ def validation_set(source, cfg, seed):
 
 @torch.no_grad()
 def validate(model, criterion, images, masks, cfg, chunk):
-    """The loss on held-out images in float32, the same on any number of processes (without BN)."""
+    """The loss on held-out images in float32: without batch norm, the same on any processes."""
     device = next(model.parameters()).device
     model.eval()
     total = 0.0
@@ -273,7 +276,7 @@ def validate(model, criterion, images, masks, cfg, chunk):
 
 @torch.no_grad()
 def draw(path, model, images, masks, cfg):
-    """Eight images, a column each: the image, what the model sees, what it paints, and both."""
+    """Eight images, a column each: the image, what the model sees, its reconstruction, both."""
     device = next(model.parameters()).device
     apart = max(1, len(images) // 8)
     image = data.normalize(images[::apart][:8].to(device), cfg.mean, cfg.std)

@@ -26,7 +26,7 @@ import runtime
 
 
 class Shrunk(torch.utils.data.Dataset):
-    """Images as a tar holds them: (name, bytes); or (None, what is wrong) where one cannot be read.
+    """Images as a tar holds them: (name, bytes as a tensor); (None, why) where one cannot be read.
 
     source: with `split` "train" or "val", named by class and number; with "", by its own names.
     """
@@ -58,14 +58,16 @@ class Shrunk(torch.utils.data.Dataset):
         array = image.permute(1, 2, 0).numpy()          # (H, W, C)
         if channels not in (1, 3):
             np.save(file, array)
-            return name + ".npy", file.getvalue()
-        picture = Image.fromarray(array if channels == 3 else array[..., 0])
-        # a JPEG has at most 65,535 pixels a side; small images would suffer
-        if channels == 1 or height * width <= 64 * 64 or max(height, width) > 65500:
-            picture.save(file, "PNG")
-            return name + ".png", file.getvalue()
-        picture.save(file, "JPEG", quality=self.quality)
-        return name + ".jpg", file.getvalue()
+            extension = ".npy"
+        # small images would suffer as JPEG, which has at most 65,535 pixels a side
+        elif channels == 1 or height * width <= 64 * 64 or max(height, width) > 65500:
+            Image.fromarray(array.squeeze(2) if channels == 1 else array).save(file, "PNG")
+            extension = ".png"
+        else:
+            Image.fromarray(array).save(file, "JPEG", quality=self.quality)
+            extension = ".jpg"
+        # a tensor travels in shared memory; bytes in a pipe would keep a process that lost its parent
+        return name + extension, torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
 
 
 def prepare(source, out, size=256, quality=92, workers=0):
@@ -97,7 +99,7 @@ def prepare(source, out, size=256, quality=92, workers=0):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 member.mtime = int(time.time())
-                tar.addfile(member, io.BytesIO(content))
+                tar.addfile(member, io.BytesIO(content.numpy()))
                 tar.members.clear()                     # or a kilobyte of each would stay in memory
             if not names:
                 raise ValueError(f"{source}: no image can be read: {left_out[0]}")
