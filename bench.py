@@ -8,7 +8,6 @@
 What is compared runs in turn, again and again. Every figure is a median over --runs; a ratio is the
 median of the ratios run by run. Use an idle machine, and believe the ratios more than the times.
 """
-import json
 import os
 import statistics
 import tarfile
@@ -35,34 +34,22 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-# ---- measuring
-
-def clock():
-    """Seconds, once the device has done what it was given."""
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(work, *args):
-    began = clock()
-    work(*args)
-    return clock() - began
-
-
 def in_turn(runs, works):
-    """{name: (function, *arguments)} → {name: [what each run returned]}, after one to warm up."""
-    results = {name: [] for name in works}
-    for run in range(runs + 1):
-        for name, (function, *args) in works.items():
-            result = function(*args)
-            if run > 0:
-                results[name].append(result)
+    """{name: (function, *arguments)} → {name: (seconds, times faster than the first)}, medians."""
+    times = {name: [] for name in works}
+    for run in range(1 + runs):     # one to warm up
+        for name, (function, *arguments) in works.items():
+            began = time.perf_counter()
+            function(*arguments)
+            if CUDA:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    first = next(iter(works))
+    results = {}
+    for name in works:
+        ratios = [a / b for a, b in zip(times[first][1:], times[name][1:])]
+        results[name] = (statistics.median(times[name][1:]), statistics.median(ratios))
     return results
-
-
-def ratio(over, under):
-    return statistics.median(a / b for a, b in zip(over, under))
 
 
 # ---- from disk to batch
@@ -79,8 +66,7 @@ class PILViews(torch.utils.data.Dataset):
             transforms.Normalize(data.MEAN, data.STD)])
 
     def __getitem__(self, sample):
-        image = Image.open(self.source.where(sample[2])).convert("RGB")
-        return self.transform(image)
+        return self.transform(Image.open(self.source.where(sample[2])).convert("RGB"))
 
 
 def write_photos(folder):
@@ -88,59 +74,43 @@ def write_photos(folder):
     photos = os.path.join(folder, "photos")
     os.mkdir(photos)
     world = shapes.Shapes(500, count=300)
+    for i in range(300):
+        image = transforms.functional.to_pil_image(world[i][0])
+        image.save(os.path.join(photos, f"{i:03}.jpg"), quality=95)
     with tarfile.open(photos + ".tar", "w") as tar:
-        for i in range(300):
-            path = os.path.join(photos, f"{i:03}.jpg")
-            image = world[i][0].permute(1, 2, 0).numpy()
-            Image.fromarray(image).save(path, quality=95)
-            tar.add(path, f"{i:03}.jpg")
+        tar.add(photos, "")
     return [photos, photos + ".tar"]
 
 
-def images_per_second(views, batch, workers, work=None, steps=20):
-    """Of a loader, and of work(batch) on what it brings."""
-    ahead = 3 * workers                                 # batches that the workers begin together
-    batches = data.Batches(len(views.source), batch, batch, 0, ahead + steps)
-    loader = iter(data.loader(views, batches, workers))
-    for step in range(ahead + steps):
-        if step == ahead:
-            began = clock()
-        loaded = next(loader)
-        if work is not None:
-            work(loaded)
-    return steps * batch / (clock() - began)
+def load(views, batch, steps):
+    batches = data.Batches(len(views.source), batch, batch, 0, steps)
+    for loaded in data.loader(views, batches, workers=0):
+        pass
 
 
 def bench_loader(args):
-    """Images a second on one core: decoding, crop (and ours: mask), batching.
-
-    The bilinear crops are those of pre-training, the bicubic ones those of fine-tuning.
-    """
-    rows = []
+    """images a second on one core: decoding, crop (and ours: mask), batching"""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    print("crop           px  images/s   × PIL  from")
     with tempfile.TemporaryDirectory() as temporary:
         paths = args.data or write_photos(temporary)
         folder = data.Folder(paths[0], "train")
-        batch = min(args.batch or 100, len(folder))
+        batch = args.batch or min(100, len(folder))
         size = 224 if min(folder[0][0].shape[-2:]) >= 224 else 32
         cfg = dict(img_size=size, mask="random", mask_size=size // 7, mask_ratio=0.6,
                    randaugment=None, random_erasing=None)
         # PIL and ours cut the same shares of the area, with the same interpolation
-        for ours, scale, interpolation in ((data.Crops, (0.67, 1.0), data.BILINEAR),
-                                           (finetune.TrainViews, (0.08, 1.0), data.BICUBIC)):
-            views = {"PIL": PILViews(folder, size, scale, interpolation)}
+        for crop, ours, scale, interpolation in (
+                ("pre-training", data.Crops, (0.67, 1.0), data.BILINEAR),
+                ("fine-tuning", finetune.TrainViews, (0.08, 1.0), data.BICUBIC)):
+            works = {"PIL": (load, PILViews(folder, size, scale, interpolation), batch, 20)}
             for path in paths:
                 source = data.open_source(path, "train", size)
-                views[path] = ours(source, cfg | dict(crop_scale=scale), 0)
-            works = {name: (images_per_second, view, batch, 0) for name, view in views.items()}
-            speeds = in_turn(args.runs, works)
-            for name in views:
-                rows.append({"crop": f"{interpolation.value}, {size} px", "from": name,
-                             "images/s": statistics.median(speeds[name]),
-                             "× PIL": ratio(speeds[name], speeds["PIL"])})
+                works[path] = (load, ours(source, cfg | dict(crop_scale=scale), 0), batch, 20)
+            for name, (seconds, faster) in in_turn(args.runs, works).items():
+                print(f"{crop:12}{size:5}{20 * batch / seconds:10.1f}{faster:8.2f}  {name}")
     torch.set_num_threads(threads)
-    return rows
 
 
 # ---- the loss
@@ -158,73 +128,40 @@ def two_ffts(reconstruction, target, mask):
     return {"loss": spatial + 0.1 * ((w / w.max()).clamp(0, 1) * power).mean()}
 
 
-def bench_loss(args):
-    """Forward and backward of A²MIM's loss for a ViT at 224 px.
+def evaluate(loss, reconstruction, image, mask):
+    """The loss, and its gradient with respect to the reconstruction."""
+    value = loss(reconstruction, image, mask)["loss"]
+    return value.detach(), torch.autograd.grad(value, reconstruction)[0]
 
-    value, gradient: their relative differences from those of two FFTs.
-    """
+
+def bench_loss(args):
+    """A²MIM's for a ViT at 224 px, forward and backward; relative differences from two FFTs"""
     batch = args.batch or 32
     image = torch.randn(batch, 3, 224, 224, device=DEVICE)
     mask = masking.random_mask(batch, 7, 0.6).to(DEVICE)
     reconstruction = torch.randn_like(image).requires_grad_()
-
-    def evaluate(loss):
-        value = loss(reconstruction, image, mask)["loss"]
-        return value.detach(), torch.autograd.grad(value, reconstruction)[0]
-
-    functions = {"two FFTs": two_ffts, "ours": losses.A2MIMLoss()}
-    works = {name: (seconds, evaluate, loss) for name, loss in functions.items()}
-    times = in_turn(args.runs, works)
-    value, gradient = evaluate(two_ffts)
-    rows = []
-    for name, loss in functions.items():
-        its_value, its_gradient = evaluate(loss)
-        rows.append({"loss": name, "batch": batch, "ms": 1e3 * statistics.median(times[name]),
-                     "times faster": ratio(times["two FFTs"], times[name]),
-                     "value": ((its_value - value).abs() / value).item(),
-                     "gradient": ((its_gradient - gradient).norm() / gradient.norm()).item()})
-    return rows
+    inputs = (reconstruction, image, mask)
+    works = {"two FFTs": (evaluate, two_ffts, *inputs),
+             "ours": (evaluate, losses.A2MIMLoss(), *inputs)}
+    expected = evaluate(two_ffts, *inputs)
+    print("loss      batch       ms  times faster    value  gradient")
+    for name, (seconds, faster) in in_turn(args.runs, works).items():
+        pairs = zip(evaluate(*works[name][1:]), expected)
+        value, gradient = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+        print(f"{name:10}{batch:5}{1000 * seconds:9.2f}{faster:14.2f}{value:9.0e}{gradient:10.0e}")
 
 
 # ---- the step
 
-PARTS = ("bytes to floats", "forward", "loss", "backward", "optimizer")
-
-
-class Step:
-    """train.py's step, with a model, loss and optimizer of its own."""
-
-    def __init__(self, cfg, compiled=False):
-        model = models.build(cfg.arch, cfg.img_size, mask_layer=cfg.mask_layer, token=cfg.token,
-                             fill=cfg.fill, drop_path=cfg.drop_path or 0.0)
-        self.cfg = cfg
-        self.model = runtime.place(model, DEVICE).train()
-        self.replica = torch.compile(self.model) if compiled else self.model
-        self.criterion = losses.A2MIMLoss(
-            cfg.spatial_loss, cfg.frequency_loss, cfg.frequency_weight,
-            cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
-        self.optimizer = optim.make_optimizer(self.model, cfg)
-        self.autocast, self.scaler = runtime.precision("auto", DEVICE)
-
-    def take(self, loaded, clock=time.perf_counter):
-        """The step on a batch. Returns times before it and after each of PARTS."""
-        times = [clock()]
-        image = loaded[0].to(DEVICE, non_blocking=True)
-        mask = loaded[1].to(DEVICE, non_blocking=True)
-        image = data.normalize(image, self.cfg.mean, self.cfg.std)
-        batchnorm = optim.statistics(self.model)
-        times.append(clock())
-        with self.autocast:
-            reconstruction = self.replica(image, mask)
-        times.append(clock())
-        loss = self.criterion(reconstruction, image, mask)["loss"]
-        times.append(clock())
-        self.scaler.scale(loss).backward()
-        times.append(clock())
-        clip = self.cfg.clip
-        optim.update(self.model, self.optimizer, self.scaler, clip, loss.detach(), batchnorm)
-        times.append(clock())
-        return times
+def take_step(model, cfg, criterion, optimizer, autocast, scaler, image, mask):
+    """train.py's step, on a micro-batch."""
+    image = data.normalize(image, cfg.mean, cfg.std)
+    batchnorm = optim.statistics(model)
+    with autocast:
+        reconstruction = model(image, mask)
+    loss = criterion(reconstruction, image, mask)["loss"]
+    scaler.scale(loss).backward()
+    optim.update(model, optimizer, scaler, cfg.clip, loss.detach(), batchnorm)
 
 
 def matmul_peak(autocast, runs):
@@ -234,18 +171,13 @@ def matmul_peak(autocast, runs):
         square = torch.randn(n, n, device=DEVICE)
         with autocast:
             square = square @ square
-        works[n] = (seconds, torch.matmul, square, square)
-    times = in_turn(runs, works)
-    return max(2 * n ** 3 / statistics.median(times[n]) for n in works)
+        works[n] = (torch.matmul, square, square)
+    return max(2 * n ** 3 / seconds for n, (seconds, _) in in_turn(runs, works).items())
 
 
 def bench_step(args):
-    """Training steps on random images, and with --data on what a loader brings.
-
-    FLOP/s: of matrix products and convolutions; their peak: of the fastest matrix product.
-    """
-    rows = []
-    sources = {path: data.open_source(path, "train", 224) for path in args.data}
+    """training on random images; FLOPs of products, convolutions; peak of a matrix product"""
+    print("arch          how       batch  images/s  × eager  TFLOP/s  of peak")
     for arch in args.arch:
         cfg = recipes.pretraining(["--arch", arch], "")[0]
         batch = args.batch or (recipes.RECIPES[arch]["micro_batch"] if CUDA else 8)
@@ -254,86 +186,49 @@ def bench_step(args):
         grid = cfg.img_size // cfg.mask_size
         mask = masking.random_mask(batch, grid, cfg.mask_ratio).to(DEVICE)
 
-        # the steps to compare, how much they have to compute, and how fast the machine could do it
-        eager = Step(cfg)
-        steps = {"eager": eager}
-        if not args.eager:
-            steps["compiled"] = Step(cfg, compiled=True)
+        # as in train.py; the compiled model shares its weights with the eager one
+        model = models.build(cfg.arch, cfg.img_size, mask_layer=cfg.mask_layer, token=cfg.token,
+                             fill=cfg.fill, drop_path=cfg.drop_path or 0.0)
+        model = runtime.place(model, DEVICE).train()
+        criterion = losses.A2MIMLoss(cfg.spatial_loss, cfg.frequency_loss, cfg.frequency_weight,
+                                     cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
+        optimizer = optim.make_optimizer(model, cfg)
+        autocast, scaler = runtime.precision("auto", DEVICE)
+        rest = (cfg, criterion, optimizer, autocast, scaler, image, mask)
+        works = {"eager": (take_step, model, *rest)}
+        if args.compile:
+            works["compiled"] = (take_step, torch.compile(model), *rest)
+
+        # how much a step has to compute, how fast the machine could do that, how fast it does
         with FlopCounterMode(display=False) as counter:
-            eager.take((image, mask))
-        flops = counter.get_total_flops() / batch
-        peak = matmul_peak(eager.autocast, args.runs)
-
-        # whole steps; then, with the device waited for after each, their parts
-        works = {how: (seconds, step.take, (image, mask)) for how, step in steps.items()}
-        times = in_turn(args.runs, works)
-        works = {how: (step.take, (image, mask), clock) for how, step in steps.items()}
-        parts = in_turn(args.runs, works)
-        for how in steps:
-            speed = batch / statistics.median(times[how])
-            row = {"arch": arch, "how": how, "batch": batch, "images/s": speed,
-                   "× eager": ratio(times["eager"], times[how]), "TFLOP/s": flops * speed / 1e12,
-                   "peak TFLOP/s": peak / 1e12, "share of peak %": 100 * flops * speed / peak}
-            for i, part in enumerate(PARTS):
-                shares = [(t[i + 1] - t[i]) / (t[-1] - t[0]) for t in parts[how]]
-                row[f"{part} %"] = 100 * statistics.median(shares)
-            rows.append(row)
-
-        # the same steps, waiting for images where the loader is slower than they are
-        for path, source in sources.items():
-            crops = data.Crops(source, cfg, 0)
-            speed = images_per_second(crops, batch, runtime.workers(), eager.take)
-            rows.append({"arch": arch, "how": f"eager, from {path}", "batch": batch,
-                         "images/s": speed,
-                         "× eager": speed * statistics.median(times["eager"]) / batch})
-    return rows
-
-
-# ---- tables
-
-TABLES = {"loader": bench_loader, "loss": bench_loss, "step": bench_step}
-
-
-def cell(value):
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def show(rows):
-    """Rows of {column: value} as text."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns] + [[cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+            take_step(model, *rest)
+        flops = counter.get_total_flops()
+        peak = matmul_peak(autocast, args.runs)
+        for how, (seconds, faster) in in_turn(args.runs, works).items():
+            print(f"{arch:14}{how:10}{batch:5}{batch / seconds:10.2f}{faster:9.2f}"
+                  f"{flops / seconds / 1e12:9.3g}{flops / seconds / peak:9.1%}")
 
 
 def main(argv=None):
+    tables = {"loader": bench_loader, "loss": bench_loss, "step": bench_step}
     parser = runtime.Parser("bench.py", description=__doc__)
     option = parser.add_argument
-    option("table", nargs="?", choices=TABLES, help="which table (all)")
-    option("--data", nargs="+", default=[], help="loader: a folder of images, then what to compare "
-           "with it, such as a tar (300 built-in images); step: what to feed it from, too")
+    option("table", nargs="?", choices=tables, help="which table (all)")
+    option("--data", nargs="+", help="loader: a folder of images, then tars of it (built-in ones)")
     option("--arch", nargs="+", default=["vit_b", "resnet50"], choices=recipes.RECIPES,
            metavar="ARCH", help="step: architectures (vit_b resnet50)")
-    option("--batch", type=int,
-           help="images (loader: 100; loss: 32; step: 8, on a GPU the recipe's micro-batch)")
+    option("--compile", action="store_true", help="step: compiled, too")
+    option("--batch", type=int, help="images (loader 100; loss 32; step 8, on a GPU the recipe's)")
     option("--runs", type=int, default=5, help="repetitions, of which medians are taken (5)")
-    option("--eager", action="store_true", help="step: no torch.compile, which needs a compiler")
-    option("--json", action="store_true", help="print JSON, not tables")
     args = parser.parse_args(argv)
+    if args.runs < 1 or (args.batch is not None and args.batch < 1):
+        raise ValueError("--runs and --batch must be 1 or more")
 
     device = torch.cuda.get_device_name() if CUDA else torch.backends.cpu.get_cpu_capability()
-    machine = dict(torch=torch.__version__, device=device, cores=data.cores(), runs=args.runs)
-    results = {"machine": machine}
-    for name in [args.table] if args.table else TABLES:
-        results[name] = TABLES[name](args)
-        if not args.json:
-            print(f"{name}: {TABLES[name].__doc__.strip()}\n")
-            show(results[name])
-            print()
-    print(json.dumps(results, indent=2) if args.json else machine)
+    print(f"{device}, {data.cores()} cores, torch {torch.__version__}; runs: {args.runs}")
+    for name in [args.table] if args.table else tables:
+        print(f"\n{name}: {tables[name].__doc__}\n")
+        tables[name](args)
 
 
 if __name__ == "__main__":

@@ -166,8 +166,9 @@ def save(path, state, previous=None):
     except (OSError, RuntimeError) as error:  # torch.save may raise either on a full disk
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        # where torch.save was told that the disk is full, it complains of something else
-        reason = str(error.__context__ or error).splitlines()[0]
+        # torch.save, told that the disk is full, complains of something else
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        reason = str(cause).splitlines()[0]
         raise OSError(f"{path} cannot be written ({reason}); the last one is whole") from None
     if previous is not None and os.path.exists(path):
         os.replace(path, previous)
