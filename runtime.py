@@ -63,14 +63,12 @@ def setup(deterministic=False):
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if not cuda:
-        device = torch.device("cpu")
-    elif local_rank < torch.cuda.device_count():
-        device = torch.device(f"cuda:{local_rank}")
+    device = torch.device("cpu")
+    if cuda:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    else:
-        raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     # an hour, because a download or the listing of a large archive may take long
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
