@@ -216,7 +216,9 @@ def main(argv=None):
     counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0)
     tested = 0
     best = None
-    checkpoint = runtime.load(out, identity)
+    as_published = ["--arch", cfg.arch, "--protocol", cfg.protocol, "--recipe", args.recipe]
+    defaults, *_ = protocols.finetuning(as_published, "")
+    checkpoint = runtime.load(out, identity, defaults)
     if checkpoint is not None:
         start = checkpoint["step"]
         counts = checkpoint["counts"]

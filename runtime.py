@@ -206,11 +206,11 @@ def is_undamaged(path):
         return False
 
 
-def load(out, config):
+def load(out, config, defaults={}):
     """The newest undamaged checkpoint in a run's folder, or None if there is none: a new run.
 
-    config: what the run is, which may not change when it goes on (keys that the checkpoint lacks
-    count as the same). Raises ValueError if it differs, or if all checkpoints are damaged.
+    config: what the run is, which may not change when it goes on. defaults: of keys that an older
+    checkpoint lacks. Raises ValueError if it differs, or if all checkpoints are damaged.
     """
     last = os.path.join(out, "last.pt")
     previous = os.path.join(out, "previous.pt")
@@ -222,7 +222,7 @@ def load(out, config):
             state = read(path)
         except ValueError:
             continue
-        there = config | state.get("config", {"format": "of another program"})
+        there = config | defaults | state.get("config", {"format": "of another program"})
         differing = [key for key in there if there[key] != config.get(key)]
         if differing:
             fields = [f"{key} ({there[key]} there, {config.get(key)} here)" for key in differing[:4]]

@@ -2672,6 +2672,18 @@ def test_survives_damage(tmp_path):
     assert noticed >= 0.5 * len(damaged)
 
 
+def test_a_key_that_a_checkpoint_lacks_means_its_default(tmp_path):
+    options = [*TINY, "--workers", "0", "--steps", "1", "--out", str(tmp_path)]
+    train.main(options)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["config"]["mask_ratio"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="mask_ratio .0.6 there, 0.5 here.*choose another --out"):
+        train.main([*options, "--mask-ratio", "0.5"])
+    train.main([*options, "--steps", "2"])
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
 def test_survives_unreadable_images(server, tmp_path):
     """The same others take their places on two processes, counted; too many end a run."""
     root = tmp_path / "images"

@@ -81,7 +81,9 @@ def main(argv=None):
         identity["micro_batch"] = micro_batch
     start = 0
     counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0)
-    checkpoint = runtime.load(out, identity)
+    as_published = ["--arch", cfg.arch, "--method", cfg.method, "--recipe", args.recipe]
+    defaults, *_ = recipes.pretraining(as_published, "")
+    checkpoint = runtime.load(out, identity, defaults)
     if checkpoint is not None:
         start = checkpoint["step"]
         counts = checkpoint["counts"]
