@@ -9,8 +9,9 @@ $ python finetune.py --init CHECKPOINT --task pose --freeze
 As published, on 8 GPUs:
 $ torchrun --nproc_per_node=8 finetune.py --arch vit_b --init CHECKPOINT --data path/to/imagenet
 
-CHECKPOINT is ours or another project's (see weights.py). --protocol picks a recipe; every key of it is an
-option. A run lives in a folder: last.pt, best.pt, log.jsonl, result.json. The same command continues it.
+CHECKPOINT is ours or another project's (see weights.py). --protocol picks a recipe; every key of it
+is an option. A run lives in a folder: last.pt, best.pt, log.jsonl, result.json. The same command
+continues it.
 """
 import json
 import math
@@ -296,9 +297,9 @@ def main(argv=None):
             t0 = time.time()
             step0 = step
         if too_bad:
-            raise ValueError(f"{counts['unreadable']} images of this epoch could not be read, more than "
-                             f"--max-bad {args.max_bad:g}: repair them, or allow more; then the same "
-                             "command goes on")
+            raise ValueError(f"{counts['unreadable']} images of this epoch could not be read, more "
+                             f"than --max-bad {args.max_bad:g}: repair them, or allow more; then the "
+                             "same command goes on")
         if step == stop:
             break
         if asked:
@@ -376,8 +377,8 @@ def main(argv=None):
         counts = dict(unreadable=int(all_unreadable))
         counts["skipped"], counts["skipped_in_a_row"] = skipped.tolist()
         if counts["skipped_in_a_row"] >= 20:
-            raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller --lr, "
-                             f"or --amp off; {out}/last.pt is from before")
+            raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller "
+                             f"--lr, or --amp off; {out}/last.pt is from before")
         too_bad = counts["unreadable"] > args.max_bad * steps_per_epoch * cfg.batch_size
         epochs_due = done % ((args.save_epochs or cfg.epochs) * steps_per_epoch) == 0
         save_now = asked or due or too_bad or epochs_due

@@ -226,8 +226,9 @@ def load(out, config, defaults={}):
         differing = [key for key in there if there[key] != config.get(key)]
         if differing:
             fields = [f"{key} ({there[key]} there, {config.get(key)} here)" for key in differing[:4]]
-            raise ValueError(f"{out} holds another run, which differs in {', '.join(fields)}"
-                             f"{' …' if differing[4:] else ''}: choose another --out or remove the folder")
+            more = " …" if differing[4:] else ""
+            raise ValueError(f"{out} holds another run, which differs in {', '.join(fields)}{more}: "
+                             "choose another --out or remove the folder")
         if path == previous and os.environ.get("RANK", "0") == "0":
             print(f"{last} is damaged or missing: going on from {previous}", flush=True)
             with contextlib.suppress(FileNotFoundError):

@@ -193,8 +193,8 @@ def main(argv=None):
         counts = dict(unreadable=int(all_unreadable))
         counts["skipped"], counts["skipped_in_a_row"] = skipped.tolist()
         if counts["skipped_in_a_row"] >= 20:
-            raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller --lr, "
-                             f"or --amp off; {out}/last.pt is from before")
+            raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller "
+                             f"--lr, or --amp off; {out}/last.pt is from before")
         too_bad = counts["unreadable"] > args.max_bad * steps_per_epoch * cfg.batch_size
 
         # log
@@ -230,9 +230,9 @@ def main(argv=None):
             t0 = time.time()
             step0 = done
         if too_bad:
-            raise ValueError(f"{counts['unreadable']} images of this epoch could not be read, more than "
-                             f"--max-bad {args.max_bad:g}: repair them, or allow more; then the same "
-                             "command goes on")
+            raise ValueError(f"{counts['unreadable']} images of this epoch could not be read, more "
+                             f"than --max-bad {args.max_bad:g}: repair them, or allow more; then the "
+                             "same command goes on")
         if asked and done < stop:
             if world > 1:
                 # torchrun ends all processes when the first one has left
