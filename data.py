@@ -350,10 +350,13 @@ SOURCES = {  # name: source of a split ("train", "val", "test") for a model of `
 }
 
 
-def open_source(data, split, size, channels=None):
+def open_source(data, split, size, channels=None, shapes_count=None):
     """The source behind --data: a row of SOURCES, a tar or a folder of tars, or a folder of images
-    (./shapes for one of that name). channels: of all images; None: as they are."""
-    if data in SOURCES:
+    (./shapes for one of that name). channels: of all images; None: as they are. shapes_count: how
+    many built-in images to train on; None: 4,096."""
+    if data == "shapes" and split == "train":
+        source = Shapes(size, split, shapes_count)
+    elif data in SOURCES:
         source = SOURCES[data](split, size)
     elif find_tars(data):
         source = Tar(data, split)

@@ -217,7 +217,8 @@ def main(argv=None):
     counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0)
     tested = 0
     best = None
-    as_published = ["--arch", cfg.arch, "--protocol", cfg.protocol, "--recipe", args.recipe]
+    as_published = ["--arch", cfg.arch, "--protocol", cfg.protocol, "--recipe", args.recipe,
+                    "--data", cfg.data]
     defaults, *_ = protocols.finetuning(as_published, "")
     checkpoint = runtime.load(out, identity, defaults)
     if checkpoint is not None:
@@ -411,9 +412,10 @@ def main(argv=None):
 def open_labelled(cfg, split, task):
     """(source of images that have a label, names of the classes). Raises ValueError."""
     if task != "class":
-        source = shapes.Shapes(cfg.img_size, split, target=task)
+        count = cfg.shapes_count if split == "train" else None
+        source = shapes.Shapes(cfg.img_size, split, count, target=task)
         return data.Channels(source, cfg.channels), None
-    source = data.open_source(cfg.data, split, cfg.img_size, cfg.channels)
+    source = data.open_source(cfg.data, split, cfg.img_size, cfg.channels, cfg.shapes_count)
     if getattr(source, "empty", None):
         raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, "
                          "or fill it")

@@ -86,7 +86,7 @@ OPTIONS = recipes.OPTIONS | {
     "repeated_augmentation": Option(integer_or_none, "crops of an image in one epoch", 1),
     "ema": Option(number_or_none, "decay of a mean of the weights, which is tested", high=1),
 }
-KEYS = ("arch", "protocol", "data", "channels", "mean", "std", *BASE)
+KEYS = ("arch", "protocol", "data", "shapes_count", "channels", "mean", "std", *BASE)
 OPTIONS = {key: OPTIONS[key] for key in KEYS}
 RUN = recipes.RUN | {
     "task": Option(str, "what to predict; pose, mask: of built-in images only (absent: class)",
@@ -165,6 +165,7 @@ def finetuning(argv, doc):
 
     cfg = recipes.Config(row, arch=arch, protocol=protocol, data="shapes")
     cfg |= recipes.colours(given, known) | given
+    cfg.shapes_count = recipes.shapes_count(cfg)
     if "lr" not in given and row["lr"]:
         cfg.lr = row["lr"] * cfg.batch_size / row["batch_size"]
     if "test_crop" not in given:

@@ -85,6 +85,7 @@ OPTIONS = {  # the configuration: what --print-config shows
     "method": Option(str, "published method, or baseline", choices=tuple(METHODS)),
     "data": Option(str, "a folder of images, of class folders, or of train/ and val/ with those; a "
                    ".tar of one; a folder of .tar shards; or " + ", ".join(data.SOURCES)),
+    "shapes_count": Option(integer_or_none, "built-in images to train on; more are other ones", 1),
     "channels": Option(int, "of images; 1: grey (absent: as many as --mean has)", 1, 1000),
     "mean": Option(float, "of each channel, pixels in 0..1 (see extras/stats.py)", 0, 1, several="+"),
     "std": Option(float, "standard deviation of each channel", 1e-6, 1, several="+"),
@@ -190,6 +191,15 @@ def colours(given, known):
     return result | dict(mean=list(result["mean"]), std=list(result["std"]))
 
 
+def shapes_count(cfg):
+    """How many built-in images there are to train on; None with other data. Raises ValueError."""
+    if cfg.data == "shapes":
+        return cfg.get("shapes_count") or 4096
+    if cfg.get("shapes_count"):
+        raise ValueError("only the built-in images can be counted out: leave out --shapes-count")
+    return None
+
+
 def start_from(args, given):
     """(checkpoint of --init or None, what it says of its run, architecture). Raises ValueError."""
     checkpoint = runtime.read(args.init) if args.init is not None else None
@@ -228,6 +238,7 @@ def pretraining(argv, doc):
     cfg = Config(recipe, arch=arch, method=method, data="shapes")
     cfg |= dict(mask_layer=models.PRESETS[arch].get("mask_layer", 0)) | colours(given, known)
     cfg |= METHODS[method] | given
+    cfg.shapes_count = shapes_count(cfg)
     if "lr" not in given:
         cfg.lr = recipe["lr"][method] * cfg.batch_size / recipe["batch_size"]
     if cfg.mask_size is None:

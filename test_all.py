@@ -1704,7 +1704,7 @@ def protocol_of(*argv):
 
 
 COLOURS = dict(
-    data="shapes", channels=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    data="shapes", shapes_count=4096, channels=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 STEP = COLOURS | dict(
     mask="random", mask_size=32, mask_ratio=0.6, img_size=224, batch_size=2048, epochs=800,
     lr=4e-4, min_lr=None, schedule="step", lr_step_epoch=700, warmup_epochs=10, weight_decay=0.05,

@@ -45,7 +45,7 @@ def main(argv=None):
 
     # data: a step sees batch_size images, in `accumulate` micro-batches on each of `world` processes
     with runtime.local_first():
-        source = data.open_source(cfg.data, "train", cfg.img_size, cfg.channels)
+        source = data.open_source(cfg.data, "train", cfg.img_size, cfg.channels, cfg.shapes_count)
         held_out = data.open_source(cfg.data, "val", cfg.img_size, cfg.channels)
     usual = recipes.RECIPES[cfg.arch]["micro_batch"]
     micro_batch = recipes.micro_batch(cfg.batch_size, args.micro_batch, world, usual)
@@ -81,7 +81,8 @@ def main(argv=None):
         identity["micro_batch"] = micro_batch
     start = 0
     counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0)
-    as_published = ["--arch", cfg.arch, "--method", cfg.method, "--recipe", args.recipe]
+    as_published = ["--arch", cfg.arch, "--method", cfg.method, "--recipe", args.recipe,
+                    "--data", cfg.data]
     defaults, *_ = recipes.pretraining(as_published, "")
     checkpoint = runtime.load(out, identity, defaults)
     if checkpoint is not None:
