@@ -1,182 +1,359 @@
-"""Train the tables of docs/evidence.md again: what is pre-training worth, and which part of it?
+"""Train the evidence of docs/evidence.md: what is pre-training worth, and which part of it?
 
-  python extras/sweep.py                        every run that is missing, then the tables
-  python extras/sweep.py cifar10 --jobs 8       one table, eight runs at a time
-  python extras/sweep.py world --scale 10       ten times as many epochs
-  python extras/sweep.py --show --out results   only the tables, of the results in a folder
+  python extras/sweep.py --jobs 2                    all that is missing, the most important first
+  python extras/sweep.py world/vit_nano mask-256     runs with these words in their names, and what
+                                                     they begin with
+  python extras/sweep.py --show                      tables, ledger and figure, of what is in results/
+  python extras/sweep.py --checkpoints               the files in checkpoints/
 
-A run has a folder, OUT/TABLE/ARCH/ROW/seedN, with a result.json for each task. The same command
-goes on where it was interrupted. A new row is a line of ROWS, a new table one of TABLES.
+A run's name is TABLE/ARCH/ARM/PART/seedN: below --out is its folder, below --results its result.
+It takes one core. The same command goes on where it was interrupted.
 """
+import hashlib
 import json
+import math
+import multiprocessing
 import os
-import pathlib
 import platform
-import statistics
-import subprocess
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
+import numpy as np
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]      # where train.py is
+ROOT = Path(__file__).resolve().parents[1]              # where train.py is
 sys.path.insert(0, str(ROOT))
 
+import analyze
 import data
+import finetune
 import runtime
+import train
 
-ROWS = {  # row: (what it is, options of train.py or None for no pre-training)
-    "scratch": ("from scratch", None),
-    "simmim": ("SimMIM", "--method simmim"),
-    "a2mim": ("A²MIM", ""),
-    "fill-zero": ("A²MIM, fill: zero", "--fill zero"),
-    "fill-none": ("A²MIM, fill: none", "--fill none"),
-    "token-input": ("A²MIM, token: before layer 0 (`vit_nano`'s own)", "--mask-layer 0"),
-    "token-middle": ("A²MIM, token: before layer 2", "--mask-layer 2"),
-    "token-none": ("A²MIM, token: none", "--token none"),
-    "frequency-none": ("A²MIM, frequency loss: none", "--frequency-loss none"),
-    "frequency-per-image": (
-        "A²MIM, frequency loss: per image", "--frequency-loss focal_per_image"),
+PAGES = [ROOT / "docs/evidence.md", ROOT / "checkpoints/README.md"]
+ARCHS = ["vit_nano", "resnet_nano"]
+ARMS = {  # arm: its pre-training, if it has one of its own
+    "scratch": None,
+    "supervised": "finetune.py --protocol scratch-small",
+    "simmim": "train.py --method simmim",
+    "a2mim": "train.py",
+    "preset": None,                                     # begins with the world's first a2mim
+    "fill-zero": "train.py --fill zero",
+    "fill-none": "train.py --fill none",
+    "token-input": "train.py --mask-layer 0",
+    "token-middle": "train.py --mask-layer 2",
+    "token-none": "train.py --token none",
+    "frequency-off": "train.py --frequency-loss none",
+    "frequency-per-image": "train.py --frequency-loss focal_per_image",
 }
-SEVERAL = ["scratch", "simmim", "a2mim"]                # rows that are trained with several seeds
-TABLES = {  # archs: {architecture: epochs of pre-training}; epochs, options: of fine-tuning
-    "cifar10": dict(data="cifar10", rows=list(ROWS), archs={"vit_nano": 2, "resnet_nano": 1},
-                    epochs=5, options="--labels 5000", tasks=["class"]),
-    "world": dict(data="shapes", rows=SEVERAL, archs={"vit_nano": 12},
-                  epochs=6, options="", tasks=["class", "pose", "mask"]),
+FOUR = list(ARMS)[:4]
+RUNGS = list(ARMS)[5:10]
+LAST_RUNGS = list(ARMS)[10:]
+MIM = ["simmim", "a2mim"]
+STAGES = [  # (table, arms, parts, seeds): a stage begins when the one before it is done
+    ("world", FOUR[1:], "pretrain", [0]),
+    ("world", FOUR, "mask-256 pose-256", [0, 2, 4]),
+    ("world", FOUR[1:], "pretrain", [1]),
+    ("world", FOUR, "mask-256 pose-256", [1, 3, 5]),
+    ("world", FOUR[1:], "cka attention", [0, 1]),
+    ("world", FOUR, "mask-64", range(4)),
+    ("ladder", RUNGS, "pretrain", [0]),
+    ("ladder", ["preset", *RUNGS], "mask-256", range(4)),
+    ("cifar10", MIM, "pretrain", [0]),
+    ("cifar10", ["scratch", *MIM], "class-100 class-500", range(4)),
+    ("cifar10", ["supervised"], "pretrain", [0]),
+    ("ladder", LAST_RUNGS, "pretrain", [0]),
+    ("ladder", LAST_RUNGS, "mask-256", range(4)),
+    ("world", FOUR, "class-1024 mask-1024", range(4)),
+    ("world", FOUR[1:], "occlusion interaction", range(4)),
+    ("cifar10", ["scratch", *MIM], "class-5000", range(4)),
+]
+METRICS = {"mask": ["miou"], "pose": ["centre_px", "scale_px", "angle_deg"], "class": ["top1"],
+           "pretrain": ["top1"]}                        # of the supervised arm
+ANALYSES = {  # part: (of which runs, options of analyze.py, metric, its curve, place on the curve)
+    "attention": ("pretrain", "--images 512", "kl", "KL divergence between heads, nats, by block", 4),
+    "cka": ("pretrain", "--images 512", "cka", "mean CKA of its layers with those of", "model"),
+    "occlusion": ("class-1024", "--images 512", "kept",
+                  "% of top-1 on whole images by share of patches dropped", 0.5),
+    "interaction": ("class-1024", "--images 50 --contexts 20", "J",
+                    "interaction strength J by order m / (n² − 2)", 0.5),
 }
-METRICS = {  # task: {key of result.json: head of its column}
-    "class": {"top1": "top-1, %"},
-    "pose": {"centre_px": "centre, px", "scale_px": "radius, px", "angle_deg": "angle, °"},
-    "mask": {"miou": "mask, mIoU %"},
-}
+STUDENT = {1: (12.706, 1.376), 2: (4.303, 1.061), 3: (3.182, 0.978), 4: (2.776, 0.941),
+           5: (2.571, 0.920)}  # degrees of freedom: quantiles of t at 97.5 % and 80 %
 
 
 # ---- the runs
 
-def is_done(table, folder):
-    return all((folder / task / "result.json").exists() for task in TABLES[table]["tasks"])
+def plan(table, arms, parts, seeds):
+    """A stage's groups of runs. One process does a group, one run after another."""
+    groups = []
+    for part in parts.split():
+        # frozen, a CNN's batch norm would know masked images only; and it has no attention
+        archs = ARCHS[:1] if part in ("cka", "attention") else ARCHS
+        for arch in ARCHS[1:] if table == "ladder" else archs:
+            groups += [[f"{table}/{arch}/{arm}/{part}/seed{s}" for s in seeds] for arm in arms]
+    return groups
 
 
-def missing(args, table):
-    """(table, arch, row, seed, folder) of the runs that lack a result, in order."""
-    for seed in range(args.seeds):
-        for row in TABLES[table]["rows"]:
-            for arch in TABLES[table]["archs"]:
-                folder = pathlib.Path(args.out, table, arch, row, f"seed{seed}")
-                wanted = seed == 0 or row in SEVERAL
-                if wanted and not is_done(table, folder):
-                    yield table, arch, row, seed, folder
+def start(run):
+    """The run whose last checkpoint a run begins with, or None."""
+    table, arch, arm, part, seed = run.split("/")
+    if part in ANALYSES:
+        return run.replace(part, ANALYSES[part][0])
+    if part == "pretrain" or arm == "scratch":
+        return None
+    if arm == "preset":
+        return f"world/{arch}/a2mim/pretrain/seed0"
+    return f"{table}/{arch}/{arm}/pretrain/seed{int(seed[-1]) % 2 if table == 'world' else 0}"
 
 
-def commands(args, table, arch, row, seed, folder):
-    """(name, command line) of a run's programs: pre-training, if it has any, then the tasks."""
-    spec = TABLES[table]
-    workers = data.cores() // (2 * args.jobs)           # half of the cores load, or none of two
-    common = ["--data", args.data or spec["data"], "--img-size", "32", "--seed", str(seed)]
-    common += ["--workers", str(workers)]
-    options = ROWS[row][1]
-    start = ["--arch", arch, "--protocol", "scratch-small"]
-    if options is not None:
-        epochs = str(spec["archs"][arch] * args.scale)
-        pretraining = ["train.py", "--arch", arch, *common, "--epochs", epochs]
-        yield "pretrain", pretraining + options.split()
-        start = ["--init", str(folder / "pretrain/last.pt"), "--protocol", "small"]
-    epochs = str(spec["epochs"] * args.scale)
-    for task in spec["tasks"]:
-        tuning = ["finetune.py", *start, *common, "--task", task, "--epochs", epochs]
-        yield task, tuning + ["--eval-every", epochs] + spec["options"].split()
+def command(run, args):
+    """[program, option, ...] of a run."""
+    table, arch, arm, part, seed = run.split("/")
+    init = f"{args.out}/{start(run)}/last.pt"
+    options = ["--workers", "0", "--out", f"{args.out}/{run}"]
+    if part in ANALYSES:
+        words = f"--only {part} {ANALYSES[part][1]}".split()
+        return ["analyze.py", f"model={init}", *words, *options]
+    options += ["--img-size", "32", "--seed", seed[-1]]
+    options += ["--init", init] if start(run) else ["--arch", arch]
+    options += ["--data", args.data] if table == "cifar10" else []
+    if part == "pretrain":
+        length = "--epochs 20" if table == "cifar10" else "--epochs 6 --shapes-count 32768"
+        steps = f"--steps {args.steps}" if args.steps else ""
+        return f"{ARMS[arm]} {length} {steps}".split() + options
+    task, labels = part.split("-")
+    epochs = math.ceil(500 / (int(labels) // 64))
+    words = (f"finetune.py --protocol small --layer-decay none --task {task} --labels {labels} "
+             f"--epochs {epochs} --warmup-epochs {epochs / 10} --eval-every {epochs} "
+             f"--steps {args.steps or 500}")
+    return words.split() + options
 
 
-def train(pool, args, number, run):
-    """Do what is missing of a run. Returns its folder. Raises ValueError if a program fails."""
-    folder = run[-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, data.cores() // args.jobs)))
-    machine = f"{data.cores()} cores of {platform.machine()}, torch {torch.__version__}"
-    if torch.cuda.is_available():                       # the runs take the GPUs in turn
-        machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[number % torch.cuda.device_count()]
-    for name, (script, *options) in commands(args, *run):
+def work(group, args):
+    """Do the runs of a group, and keep their results. This is what a process does."""
+    programs = {"train.py": train.main, "finetune.py": finetune.main, "analyze.py": analyze.main}
+    for run in group:
+        folder = Path(args.out, run)
+        first_time = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        program, *argv = command(run, args)
         began = time.time()
-        line = [sys.executable, ROOT / script, *options, "--out", folder / name]
-        with open(folder / f"{name}.txt", "a") as log, open(folder / "times.jsonl", "a") as times:
-            code = subprocess.call(line, stdout=log, stderr=log, env=environment)
-            entry = dict(what=name, seconds=round(time.time() - began), exit=code, jobs=args.jobs)
-            times.write(json.dumps(entry | dict(machine=machine)) + "\n")
-        if code:
-            pool.shutdown(wait=False, cancel_futures=True)              # no other run begins
-            raise ValueError(f"{script} left with exit code {code}: see {folder / name}.txt. "
-                             "The same command goes on from there")
-    return folder
+        with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            runtime.run(programs[program], argv)
+        seconds = round(time.time() - began)
+
+        # of an interrupted run the time is not known
+        machine = f"one core of {data.cores()}, {platform.machine()}"
+        if torch.cuda.is_available():
+            machine = torch.cuda.get_device_name()
+        result = dict(command=" ".join([program, *argv]), torch=torch.__version__, machine=machine,
+                      seconds=seconds if first_time else None)
+        if program == "finetune.py":
+            result |= json.loads((folder / "result.json").read_text())
+        elif program == "train.py":
+            result["config"] = runtime.read(folder / "last.pt")["config"]
+            for line in (folder / "log.jsonl").read_text().splitlines():
+                result |= json.loads(line)              # the last numbers stay
+        else:
+            part = run.split("/")[3]
+            _, _, metric, curve, place = ANALYSES[part]
+            result["curves"] = json.loads((folder / f"{part}.json").read_text())["curves"]
+            if curve in result["curves"]:               # no occlusion where top-1 is chance
+                places, means, *_ = result["curves"][curve]["model"]
+                result[metric] = means[places.index(place)]
+        path = Path(args.results, run + ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1))
+        print(f"{run}: {seconds} s", flush=True)
 
 
-# ---- the tables
+def train_missing(args):
+    """Train what is asked for and has no result. Raises ValueError if a run fails."""
+    stages = [plan(*stage) for stage in STAGES]
+    runs = [run for stage in stages for group in stage for run in group]
+    asked = {run for run in runs if all(word in run for word in args.words)}
+    if not asked:
+        raise ValueError(f"no run has {' and '.join(args.words)} in its name")
+    wanted = set()
+    for run in reversed(runs):
+        has_result = Path(args.results, run + ".json").exists()
+        if (run in asked or run in wanted) and not has_result:
+            wanted |= {run, start(run)}                 # which comes later in this order
+        else:
+            wanted.discard(run)
 
-def cell(values):
-    """mean ± standard deviation; of one run, its value."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}" if values else "–"
+    def run_process(group):
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(group, args))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise ValueError(f"one of {', '.join(group)} left with exit code {process.exitcode}: see "
+                             f"its log.txt in {args.out}. The same command goes on from there")
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for stage in stages:
+        groups = [[run for run in group if run in wanted] for group in stage]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run_process, filter(None, groups)))
 
 
-def show(out, table):
-    """Print a table, in Markdown, of the runs that are done."""
-    archs = TABLES[table]["archs"]
-    columns = []
-    for task in TABLES[table]["tasks"]:
-        columns += [(task, metric, head) for metric, head in METRICS[task].items()]
-    heads = [f"`{arch}` {head}" for arch in archs for _, _, head in columns]
-    print(f"\n| {table} | {' | '.join(heads)} | runs | minutes of the fastest |")
-    print("|---|" + "---|" * (len(heads) + 2))
-    machines = set()
-    for row in TABLES[table]["rows"]:
-        cells = [ROWS[row][0]]
-        counts = []
-        fastest = []
-        for arch in archs:
-            folders = pathlib.Path(out, table, arch, row).glob("seed*")
-            runs = [folder for folder in folders if is_done(table, folder)]
-            for task, metric, _ in columns:
-                files = [(run / task / "result.json").read_text() for run in runs]
-                cells.append(cell([json.loads(text)[metric] for text in files]))
-            minutes = []
-            for run in runs:
-                lines = (run / "times.jsonl").read_text().splitlines()
-                times = [json.loads(line) for line in lines]
-                minutes.append(sum(entry["seconds"] for entry in times) / 60)
-                machines |= {f"{entry['machine']}, {entry['jobs']} at a time" for entry in times}
-            counts.append(str(len(runs)))
-            fastest.append(f"{min(minutes):.1f}" if runs else "–")
-        print(f"| {' | '.join(cells)} | {', '.join(counts)} | {', '.join(fastest)} |")
-    for line in sorted(machines):
-        print(f"\nMean ± standard deviation. {line}.")
+# ---- what they come to
+
+def read_results(folder):
+    """{name of a run: its result}."""
+    paths = sorted(Path(folder).glob("*/*/*/*/seed?.json"))
+    return {"/".join(path.parts[-5:])[:-5]: json.loads(path.read_text()) for path in paths}
+
+
+def values(results, arm, part, metric):
+    """{seed: value} of the runs that there are. arm: TABLE/ARCH/ARM."""
+    found = {}
+    for seed in range(6):
+        result = results.get(f"{arm}/{part}/seed{seed}", {})
+        if metric in result:
+            found[seed] = result[metric]
+    return found
+
+
+def gain(results, arm, reference, part, metric):
+    """Over paired seeds: (mean gain, half of its 95 % interval, smallest difference that 80 % of such
+    experiments would show, pairs). Less is a gain in pixels and degrees. None: fewer than two."""
+    ours = values(results, arm, part, metric)
+    theirs = values(results, reference, part, metric)
+    sign = -1 if metric in METRICS["pose"] else 1
+    differences = [sign * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    if len(differences) < 2:
+        return None
+    error = np.std(differences, ddof=1) / math.sqrt(len(differences))
+    t, t_power = STUDENT[len(differences) - 1]
+    return np.mean(differences), t * error, (t + t_power) * error, len(differences)
+
+
+def make_table(results, table, parts):
+    """Markdown: a mean; gain over the first arm ± half of its interval (pairs)."""
+    columns = [(part, metric) for part in parts for metric in METRICS[part.split("-")[0]]]
+    heads = [f"{part}: {metric}" for part, metric in columns]
+    lines = [f"| {table} | {' | '.join(heads)} |", "|---|" + "---|" * len(columns)]
+    reference = "preset" if table == "ladder" else "scratch"
+    for name in [f"{table}/{arch}/{arm}" for arch in ARCHS for arm in ARMS]:
+        cells = []
+        for part, metric in columns:
+            ours = list(values(results, name, part, metric).values())
+            cell = f"{np.mean(ours):.2f}" if ours else "–"
+            other = f"{name.rpartition('/')[0]}/{reference}"
+            change = gain(results, name, other, part, metric)
+            if change and name != other:
+                cell += f"; {change[0]:+.2f} ± {change[1]:.2f} ({change[3]})"
+            cells.append(cell)
+        if set(cells) != {"–"}:
+            lines.append(f"| {name.partition('/')[2]} | {' | '.join(cells)} |")
+    return lines
+
+
+CLAIM = re.compile(r".*`python extras/sweep.py (\S+) (\S+)` \| (\w+): (\S+) − (\S+) \|")
+CHECKPOINT = re.compile(r"\| `(\w+)-(\w+)\.pt` \|")
+
+
+def fill_in(text, results):
+    """A page with its tables, and the last cells of its claims and checkpoints, as the results say."""
+    lines = []
+    text = re.sub(r"(<!-- table: .* -->\n)(\|.*\n)*", r"\1", text)
+    for line in text.splitlines():
+        claim = CLAIM.fullmatch(line[:line.find("|", line.find(" − ")) + 1])
+        checkpoint = CHECKPOINT.match(line)
+        if claim:
+            place, part, metric, arm, reference = claim.groups()
+            change = gain(results, f"{place}/{arm}", f"{place}/{reference}", part, metric)
+            line = claim[0] + " not run yet | | | |"
+            if change:
+                mean, half, least, pairs = change
+                interval = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+                verdict = "**shown**" if mean > half else "not shown"
+                verdict = "**the opposite**" if mean < -half else verdict
+                line = f"{claim[0]} {interval} | {pairs} | {least:.2f} | {verdict} |"
+        if checkpoint:
+            arch, arm = checkpoint.groups()
+            path = ROOT / f"checkpoints/{arch}-{arm}.pt"
+            line = checkpoint[0] + " not made yet | | |"
+            if path.exists():
+                content = path.read_bytes()
+                made = results[f"world/{arch}/{arm}/pretrain/seed0"]["command"]
+                line = (f"{checkpoint[0]} {len(content):,} | {hashlib.sha256(content).hexdigest()} | "
+                        f"`python {made}` |")
+        lines.append(line)
+        if line.startswith("<!-- table: "):
+            table, *parts = line.split()[2:-1]
+            lines += make_table(results, table, parts)
+    return "\n".join(lines) + "\n"
+
+
+def draw(results, path):
+    """Quality against labels; below it the gain over scratch, with 95 % intervals."""
+    from matplotlib.figure import Figure                # optional
+
+    figure = Figure(figsize=(14, 11), layout="constrained")
+    axes = figure.subplots(4, 4)
+    panels = [("cifar10", "class", "top1", (100, 500, 5000)), ("world", "class", "top1", (1024,)),
+              ("world", "mask", "miou", (64, 256, 1024)), ("world", "pose", "centre_px", (256,))]
+    for column, (table, task, metric, labels) in enumerate(panels):
+        for row, place in enumerate([f"{table}/{arch}" for arch in ARCHS]):
+            above, below = axes[2 * row:2 * row + 2, column]
+            above.set(title=f"{place}: {task}", ylabel=metric)
+            below.set(ylabel="gain over scratch", xlabel="labels")
+            below.axhline(0, color="k", lw=0.5)
+            for ax in (above, below):
+                ax.set_xticks(range(len(labels)), labels)
+                ax.set_xlim(-0.5, len(labels) - 0.5)
+            for i, arm in enumerate(FOUR):
+                points = []
+                for x, part in enumerate(f"{task}-{number}" for number in labels):
+                    ours = list(values(results, f"{place}/{arm}", part, metric).values())
+                    change = gain(results, f"{place}/{arm}", f"{place}/scratch", part, metric)
+                    if change:
+                        points.append((x + i / 12, np.mean(ours), *change[:2]))
+                if points:
+                    x, mean, gains, half = zip(*points)
+                    above.plot(x, mean, "o-", color=f"C{i}", label=arm)
+                    below.errorbar(x, gains, half, fmt="o", capsize=3, color=f"C{i}")
+            upper = values(results, f"{place}/supervised", "pretrain", metric)
+            if table == "cifar10" and upper:            # with all labels
+                above.axhline(upper[0], color="C1", ls="--")
+    figure.legend(*axes[0, 3].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=90)
 
 
 def main(argv=None):
     parser = runtime.Parser("sweep.py", description=__doc__)
     option = parser.add_argument
-    option("table", nargs="?", choices=TABLES, help="which table (all)")
-    option("--out", help="folder of the runs (runs/sweep, or with --scale 10, runs/sweep10)")
-    option("--data", help="where the images are, if not where TABLES says")
-    option("--seeds", type=int, default=3, help="of the first three rows; the others get one (3)")
+    option("words", nargs="*", metavar="WORD", help="of the runs' names (absent: all runs)")
     option("--jobs", type=int, default=1, help="runs at a time (1)")
-    option("--scale", type=int, default=1, help="factor on all epochs (1)")
-    option("--show", action="store_true", help="train nothing")
+    option("--out", default="runs/sweep", help="folder of the runs (runs/sweep)")
+    option("--results", default="results", help="folder of their results (results)")
+    option("--data", default="cifar10", help="where CIFAR-10 is (absent: it is downloaded)")
+    option("--steps", type=int, help="of all runs, to try it out")
+    option("--show", action="store_true", help="no training: write the pages and the figure")
+    option("--checkpoints", action="store_true", help="no training: write checkpoints/")
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/sweep{args.scale if args.scale > 1 else ''}"
-    tables = [args.table] if args.table else list(TABLES)
 
-    if not args.show:
-        runs = [run for table in tables for run in missing(args, table)]
-        print(f"{len(runs)} runs to do, {args.jobs} at a time, in {args.out}", flush=True)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(train, pool, args, i, run) for i, run in enumerate(runs)]
-            for future in futures:
-                print(future.result(), flush=True)
-    for table in tables:
-        show(args.out, table)
+    if args.checkpoints:
+        for arch, arm in [(arch, arm) for arch in ARCHS for arm in FOUR[1:]]:
+            state = runtime.read(f"{args.out}/world/{arch}/{arm}/pretrain/seed0/last.pt")
+            kept = {key: state[key] for key in ("config", "classes") if key in state}
+            kept["model"] = {name: value.half() if value.is_floating_point() else value
+                             for name, value in state["model"].items()}
+            torch.save(kept, ROOT / f"checkpoints/{arch}-{arm}.pt")
+    elif args.show:
+        results = read_results(args.results)
+        for page in PAGES:
+            page.write_text(fill_in(page.read_text(), results))
+        draw(results, ROOT / "docs/images/evidence.png")
+    else:
+        train_missing(args)
 
 
 if __name__ == "__main__":
