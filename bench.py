@@ -9,11 +9,11 @@ What is compared runs in turn, again and again. Every figure is a median over --
 median of the ratios run by run. Use an idle machine, and believe the ratios more than the times.
 """
 import os
-import statistics
-import tarfile
+import shutil
 import tempfile
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -44,12 +44,9 @@ def in_turn(runs, works):
             if CUDA:
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - began)
-    first = next(iter(works))
-    results = {}
-    for name in works:
-        ratios = [a / b for a, b in zip(times[first][1:], times[name][1:])]
-        results[name] = (statistics.median(times[name][1:]), statistics.median(ratios))
-    return results
+    times = {name: np.array(seconds[1:]) for name, seconds in times.items()}
+    first = next(iter(times.values()))
+    return {name: (np.median(t), np.median(first / t)) for name, t in times.items()}
 
 
 # ---- from disk to batch
@@ -77,9 +74,7 @@ def write_photos(folder):
     for i in range(300):
         image = transforms.functional.to_pil_image(world[i][0])
         image.save(os.path.join(photos, f"{i:03}.jpg"), quality=95)
-    with tarfile.open(photos + ".tar", "w") as tar:
-        tar.add(photos, "")
-    return [photos, photos + ".tar"]
+    return [photos, shutil.make_archive(photos, "tar", photos)]
 
 
 def load(views, batch, steps):
@@ -104,10 +99,10 @@ def bench_loader(args):
         for crop, ours, scale, interpolation in (
                 ("pre-training", data.Crops, (0.67, 1.0), data.BILINEAR),
                 ("fine-tuning", finetune.TrainViews, (0.08, 1.0), data.BICUBIC)):
+            cfg["crop_scale"] = scale
             works = {"PIL": (load, PILViews(folder, size, scale, interpolation), batch, 20)}
             for path in paths:
-                source = data.open_source(path, "train", size)
-                works[path] = (load, ours(source, cfg | dict(crop_scale=scale), 0), batch, 20)
+                works[path] = (load, ours(data.Folder(path, "train"), cfg, 0), batch, 20)
             for name, (seconds, faster) in in_turn(args.runs, works).items():
                 print(f"{crop:12}{size:5}{20 * batch / seconds:10.1f}{faster:8.2f}  {name}")
     torch.set_num_threads(threads)
@@ -119,8 +114,7 @@ def two_ffts(reconstruction, target, mask):
     """A²MIM's loss for a ViT as the formulas read: both images of every pair are transformed."""
     M = F.interpolate(mask[:, None], size=target.shape[-2:], mode="nearest-exact")
     spatial = ((reconstruction - target).abs() * M).sum() / (3 * (M.sum() + 1e-5))
-    standin = 0.5 * reconstruction.detach() + 0.5 * target
-    blend = M * reconstruction + (1 - M) * standin
+    blend = M * reconstruction + (1 - M) * 0.5 * (reconstruction.detach() + target)
     spectrum = torch.fft.fft2(blend, norm="ortho").mean(0)
     error = spectrum - torch.fft.fft2(target, norm="ortho").mean(0)
     power = error.real ** 2 + error.imag ** 2
@@ -140,10 +134,9 @@ def bench_loss(args):
     image = torch.randn(batch, 3, 224, 224, device=DEVICE)
     mask = masking.random_mask(batch, 7, 0.6).to(DEVICE)
     reconstruction = torch.randn_like(image).requires_grad_()
-    inputs = (reconstruction, image, mask)
-    works = {"two FFTs": (evaluate, two_ffts, *inputs),
-             "ours": (evaluate, losses.A2MIMLoss(), *inputs)}
-    expected = evaluate(two_ffts, *inputs)
+    works = {"two FFTs": (evaluate, two_ffts, reconstruction, image, mask),
+             "ours": (evaluate, losses.A2MIMLoss(), reconstruction, image, mask)}
+    expected = evaluate(two_ffts, reconstruction, image, mask)
     print("loss      batch       ms  times faster    value  gradient")
     for name, (seconds, faster) in in_turn(args.runs, works).items():
         pairs = zip(evaluate(*works[name][1:]), expected)
@@ -168,9 +161,8 @@ def matmul_peak(autocast, runs):
     """FLOP/s of the fastest square matrix product, in the dtype that autocast computes in."""
     works = {}
     for n in (2048, 4096, 8192) if CUDA else (1024, 2048, 4096):
-        square = torch.randn(n, n, device=DEVICE)
         with autocast:
-            square = square @ square
+            square = torch.randn(n, n, device=DEVICE) @ torch.randn(n, n, device=DEVICE)
         works[n] = (torch.matmul, square, square)
     return max(2 * n ** 3 / seconds for n, (seconds, _) in in_turn(runs, works).items())
 
@@ -181,14 +173,12 @@ def bench_step(args):
     for arch in args.arch:
         cfg = recipes.pretraining(["--arch", arch], "")[0]
         batch = args.batch or (recipes.RECIPES[arch]["micro_batch"] if CUDA else 8)
-        size = (batch, 3, cfg.img_size, cfg.img_size)
-        image = torch.randint(0, 256, size, dtype=torch.uint8, device=DEVICE)
-        grid = cfg.img_size // cfg.mask_size
-        mask = masking.random_mask(batch, grid, cfg.mask_ratio).to(DEVICE)
+        image = torch.randint(256, (batch, 3, cfg.img_size, cfg.img_size)).byte().to(DEVICE)
+        blocks = cfg.img_size // cfg.mask_size
+        mask = masking.random_mask(batch, blocks, cfg.mask_ratio).to(DEVICE)
 
         # as in train.py; the compiled model shares its weights with the eager one
-        model = models.build(cfg.arch, cfg.img_size, mask_layer=cfg.mask_layer, token=cfg.token,
-                             fill=cfg.fill, drop_path=cfg.drop_path or 0.0)
+        model = models.build(arch, cfg.img_size, drop_path=cfg.drop_path or 0.0)
         model = runtime.place(model, DEVICE).train()
         criterion = losses.A2MIMLoss(cfg.spatial_loss, cfg.frequency_loss, cfg.frequency_weight,
                                      cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)

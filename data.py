@@ -12,7 +12,6 @@ import io
 import math
 import multiprocessing
 import os
-import posixpath
 import signal
 import sys
 import tarfile
@@ -29,18 +28,14 @@ from torchvision.transforms.v2 import functional as TF
 import masking
 from shapes import Shapes
 
-try:
-    from torchvision.io import ImageReadMode, decode_image
-except ImportError:                                     # deprecated in torchvision 0.29
-    decode_image = None
-
 MEAN = (0.485, 0.456, 0.406)                            # ImageNet's, pixels in 0..1
 STD = (0.229, 0.224, 0.225)
 BICUBIC = InterpolationMode.BICUBIC
 BILINEAR = InterpolationMode.BILINEAR
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")     # no EPS: Pillow would start a program
-LARGEST = 8 * Image.MAX_IMAGE_PIXELS                    # of a file: 716 MB, 8 bytes a pixel
+
+decode_image = getattr(torchvision.io, "decode_image", None)    # deprecated in torchvision 0.29
 
 
 # ---- random streams
@@ -55,7 +50,7 @@ def generator(*numbers):
     return torch.Generator().manual_seed(key(*numbers))
 
 
-# ---- sources: one image
+# ---- one image
 
 class BadImage(ValueError):
     """An image that cannot be read."""
@@ -76,18 +71,18 @@ def decode(content, name):
             warnings.simplefilter("ignore")             # torchvision's decoders are deprecated
             # Pillow reads the header, and refuses what would decode to gigabytes
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                if decode_image and image.format in ("JPEG", "MPO", "PNG"):
+                if image.format in ("JPEG", "MPO", "PNG"):
                     # faster than Pillow, which may still read what this refuses
-                    with contextlib.suppress(RuntimeError, AttributeError, ImportError):
+                    with contextlib.suppress(Exception):
                         pixels = decode_image(torch.frombuffer(content, dtype=torch.uint8),
-                                              ImageReadMode.RGB, apply_exif_orientation=True)
+                                              "RGB", apply_exif_orientation=True)
                         if pixels.dtype == torch.uint8:
                             return pixels
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):          # 16 bits, which Pillow would cut off at 255
                     array = np.array(image) // 257
                     image = Image.fromarray(array.clip(0, 255).astype(np.uint8))
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+                return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:                          # decoders fail in many ways
         reason = error if isinstance(error, BadImage) else type(error).__name__
         raise BadImage(f"{name} is no readable image ({reason})") from None
@@ -95,9 +90,9 @@ def decode(content, name):
 
 def read_image(path):
     """The image in a file, see `decode`. Raises BadImage."""
+    if not os.path.isfile(path):                        # reading a pipe would take for ever
+        raise BadImage(f"{path} is no readable image (no regular file)")
     try:
-        if not os.path.isfile(path) or os.path.getsize(path) > LARGEST:
-            raise BadImage(f"{path} is no readable image (no regular file, or too large)")
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
@@ -105,145 +100,122 @@ def read_image(path):
     return decode(content, path)
 
 
-# ---- sources: folders
+# ---- folders and tars
 
-class Files:
-    """What images in a folder or a tar have in common: what their names say.
+class Folder:
+    """The images in a folder, in a tar of one, or in a folder of tars; `paths`: their names (bytes).
 
-    The class of an image is its first folder (−1: none), below train/ and val/ (or valid/, test/)
-    if both are there. Otherwise a hundredth of the images, at least 8 of 32, is held out, evenly
-    spaced. split: "train"; "val"; "test", the same as val, but all images where there is no train/;
-    "all", with train/ and val/ as folders like others. `paths`: the images' names (bytes) below
-    `root`; `empty`: the folders there without an image.
+    They are in the order of their names, in tars as these have them. The class of an image is its
+    first folder (−1: none), below train/ and val/ (or valid/, test/) if both are there. Otherwise a
+    hundredth of the images, at least 8 of 32, is held out, evenly spaced. split: "train"; "val";
+    "test", the same as val, but all images where there is no train/; "all", with train/ and val/ as
+    folders like others. Raises ValueError, also if a tar changes later.
     """
 
-    def arrange(self, root, names, folders, split):
-        """Sets the attributes, from the names below root of all images, in order, and of folders.
-        Returns the positions of the split's images. Raises ValueError if there are no images."""
-        tops = {name.split("/")[0] for name in folders}
-        train = "train" if "train" in tops else ""
-        test = next((name for name in ("val", "valid", "test") if name in tops), "")
-        hold_out = False
-        if split == "all":
-            part = ""
-        elif train and test:
-            part = train if split == "train" else test
-        elif split == "test" and not train:
-            part = test
-        else:
-            part = train
-            hold_out = True
-        self.root = os.path.join(root, part) if part else root
-        prefix = part + "/" if part else ""
+    def __init__(self, path, split):
+        self.path = path
+        paths, self.tars, members = find_images(path)
+        tops = {first_folder(name) for name in paths.tolist()}
+        part, hold_out = part_of(split, tops)
+        below = np.char.startswith(paths, part)
+        paths = paths[below]
+        if not len(paths):
+            where = os.path.join(path, os.fsdecode(part))
+            raise ValueError(f"no images in {where} ({' '.join(EXTENSIONS)})")
 
         # classes are numbered before images are held out: both splits agree on them
-        chosen = [i for i, name in enumerate(names) if name.startswith(prefix)]
-        if not chosen:
-            raise ValueError(f"no images in {self.root} ({' '.join(EXTENSIONS)})")
-        paths = [names[i][len(prefix):] for i in chosen]
-        classes = [path.split("/")[0] if "/" in path else "" for path in paths]
-        self.classes = sorted(set(classes) - {""})
-        number = {name: label for label, name in enumerate(["", *self.classes], -1)}
-        there = {name[len(prefix):].split("/")[0] for name in folders if name.startswith(prefix)}
-        self.empty = sorted(name for name in there - set(classes) if name and name[0] != ".")
+        folders = [first_folder(name.removeprefix(part)) for name in paths.tolist()]
+        classes = sorted(set(folders) - {b""})
+        number = {name: label for label, name in enumerate(classes)}
+        self.classes = [os.fsdecode(name) for name in classes]
 
-        kept = np.arange(len(chosen))
+        kept = np.full(len(paths), True)
         if hold_out:
-            every = len(kept) // max(len(kept) // 100, min(8, len(kept) // 4), 1)
-            held_out = kept % every == 0
-            kept = kept[~held_out if split == "train" else held_out]
+            every = len(paths) // max(len(paths) // 100, min(8, len(paths) // 4), 1)
+            held_out = np.arange(len(paths)) % every == 0
+            kept = ~held_out if split == "train" else held_out
         # arrays, no lists of Python's objects: forked workers share them instead of copying them
-        self.labels = np.array([number[name] for name in classes])[kept]
-        self.paths = np.array([os.fsencode(paths[i]) for i in kept], np.bytes_)
-        return np.array(chosen)[kept]
+        self.labels = np.array([number.get(name, -1) for name in folders])[kept]
+        self.paths = paths[kept]
+        self.members = members[below][kept]
 
     def where(self, index):
-        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+        return os.path.join(self.path, os.fsdecode(self.paths[index]))
 
     def __len__(self):
         return len(self.paths)
 
-
-class Folder(Files):
-    """The images in a folder, by name; see Files. Raises ValueError."""
-
-    def __init__(self, root, split):
-        if not os.path.isdir(root):
-            raise ValueError(f"no folder {root}: --data takes a folder of images, a .tar of one, "
-                             f"a folder of .tar shards, or one of {', '.join(SOURCES)}")
-        names = []
-        folders = []
-        ancestors = {root: {os.path.realpath(root)}}    # and the folder itself
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            prefix = "" if folder == root else os.path.relpath(folder, root) + "/"
-            names += [prefix + name for name in files if name.lower().endswith(EXTENSIONS)]
-            for name in list(subfolders):
-                path = os.path.join(folder, name)
-                ancestors[path] = ancestors[folder] | {os.path.realpath(path)}
-                if os.path.realpath(path) in ancestors[folder]:
-                    subfolders.remove(name)             # a link that leads back to itself
-            folders += [prefix + name for name in subfolders]
-        self.arrange(root, sorted(names), folders, split)
-
     def __getitem__(self, index):
-        return read_image(self.where(index)), int(self.labels[index])
+        label = int(self.labels[index])
+        if not self.tars:
+            return read_image(self.where(index)), label
+        number, offset, size = self.members[index].tolist()
+        tar = self.tars[number]
+        file = open_tar(*tar).fileno()
+        content = os.pread(file, size, offset)          # workers share the file, but no position
+        if stamp(file)[1:] != tar[1:]:
+            raise ValueError(f"{tar[0]}: the archive changed; start again")
+        return decode(content, self.where(index)), label
 
 
-# ---- sources: tars
-
-def find_tars(path):
-    """A tar file; or those in a folder, by name, but none where images lie there, too."""
-    if os.path.isfile(path):
-        return [path]
-    tars = []
-    for folder, _, names in os.walk(path):
-        if any(name.lower().endswith(EXTENSIONS) for name in names):
-            return []
-        tars += [os.path.join(folder, name) for name in names if name.endswith(".tar")]
-    return sorted(tars)
+def first_folder(name):
+    return name.split(b"/")[0] if b"/" in name else b""
 
 
-def scan_tar(path):
-    """Names in a tar, and (offset, size) of each image; a folder's size is −1. Raises ValueError."""
-    entries = {"": (0, -1)}
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            for member in iter(tar.next, None):
-                tar.members.clear()                     # or a kilobyte of each would stay in memory
-                name = posixpath.normpath(member.name).lstrip("/")
-                entries.pop(name, None)                 # of duplicate names, the last counts
-                if name.lower().endswith(EXTENSIONS) and member.isreg() and not member.issparse():
-                    entries[name] = (member.offset_data, member.size)
-                entries.setdefault(name if member.isdir() else posixpath.dirname(name), (0, -1))
-            tar.fileobj.seek(tar.offset)
-            complete = tar.fileobj.read(512) == bytes(512)          # the mark at the end
-    except tarfile.TarError:
-        complete = False
-    if not complete:
-        raise ValueError(f"{path} is no plain tar, or was cut: if it is compressed, unpack it "
-                         "first (gunzip, unxz, zstd -d), else copy it again")
-    names = "\0".join(entries).encode("utf-8", "surrogateescape")
-    return np.frombuffer(names, np.uint8), np.array(list(entries.values()), np.int64)
+def part_of(split, folders):
+    """(which folder holds a split, "" for all; whether some of its images are held out)."""
+    train = b"train/" if b"train" in folders else b""
+    test = next((name + b"/" for name in (b"val", b"valid", b"test") if name in folders), b"")
+    if split == "all":
+        return b"", False
+    if train and test:
+        return (train if split == "train" else test), False
+    if split == "test" and not train:
+        return test, False
+    return train, True
 
 
-@functools.cache
-def tar_index(path, size, mtime_ns):
-    """What scan_tar returns, kept beside the tar while its size and time stay as they are."""
-    beside = path + ".index.npz"
-    with contextlib.suppress(Exception):                # there is none yet, or it is damaged
-        with np.load(beside) as file:
-            if file["stamp"].tolist() == [size, mtime_ns]:
-                return file["names"], file["places"]
-    names, places = scan_tar(path)
-    try:
-        temporary = f"{beside}.{os.getpid()}"
-        with open(temporary, "wb") as file:
-            np.savez(file, stamp=[size, mtime_ns], names=names, places=places)
-        os.replace(temporary, beside)
-    except OSError as error:
-        print(f"{beside} cannot be written ({error.strerror}): each start will read all of the tar",
-              file=sys.stderr)
-    return names, places
+def walk(folder, prefix="", above=()):
+    """The names of all files below a folder."""
+    real = os.path.realpath(folder)
+    if real in above:                                   # a link leads back to where we came from
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, real))
+        else:
+            yield prefix + entry.name
+
+
+def find_images(path):
+    """The images below `path`: names, (N,) bytes; the tars that hold them, (path, size, time), or
+    none; (number of the tar, offset, size) of each image, (N, 3). Raises ValueError."""
+    if os.path.isdir(path):
+        files = sorted(walk(path))
+        images = [os.fsencode(name) for name in files if name.lower().endswith(EXTENSIONS)]
+        tars = [stamp(os.path.join(path, name)) for name in files if name.endswith(".tar")]
+        if images or not tars:
+            return np.array(images, np.bytes_), [], np.empty((len(images), 0))
+    elif os.path.isfile(path):
+        tars = [stamp(path)]
+    else:
+        raise ValueError(f"no folder {path}: --data takes a folder of images, a .tar of one, "
+                         f"a folder of .tar shards, or one of {', '.join(SOURCES)}")
+    names = []
+    members = []
+    for number, tar in enumerate(tars):
+        inside, places = tar_index(*tar)
+        # a tar in train/ holds images of train/
+        folder = os.path.join(os.path.dirname(os.path.relpath(tar[0], path)), "")
+        names.append(np.char.add(os.fsencode(folder), inside))
+        members.append(np.insert(places, 0, number, axis=1))
+    return np.concatenate(names), tars, np.concatenate(members)
+
+
+def stamp(file):
+    """(path or descriptor, size, time of the last change) of a file."""
+    status = os.stat(file)
+    return file, status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(200)                               # systems limit how many may be open
@@ -251,79 +223,70 @@ def open_tar(path, size, mtime_ns):
     return open(path, "rb", buffering=0)
 
 
-class Tar(Files):
-    """The images in a tar, in the order of its members, or in a folder of tars; see Files.
+@functools.cache
+def tar_index(path, size, mtime_ns):
+    """The images in a tar: names, (N,) bytes, and (offset, size), (N, 2). Kept beside the tar while
+    its size and time stay as they are. Raises ValueError."""
+    beside = path + ".index.npz"
+    with contextlib.suppress(Exception):                # there is none yet, or it is damaged
+        with np.load(beside) as file:
+            if file["stamp"].tolist() == [size, mtime_ns]:
+                return file["paths"], file["places"]
 
-    Raises ValueError if one is no plain tar, was cut, changes later, or there are no images.
-    """
+    # read the headers of all members
+    images = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in iter(tar.next, None):
+                tar.members.clear()                     # or a kilobyte of each would stay in memory
+                name = os.path.normpath(member.name).lstrip("/")
+                images.pop(name, None)                  # of duplicate names, the last counts
+                if name.lower().endswith(EXTENSIONS) and member.isreg() and not member.issparse():
+                    images[name] = (member.offset_data, member.size)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):     # the mark at the end
+                raise tarfile.ReadError
+    except tarfile.TarError:
+        raise ValueError(f"{path} is no plain tar, or was cut: if it is compressed, unpack it first "
+                         "(gunzip, unxz, zstd -d), else copy it again") from None
+    paths = np.array([os.fsencode(name) for name in images], np.bytes_)
+    places = np.array(list(images.values()), np.int64).reshape(-1, 2)
 
-    def __init__(self, path, split):
-        self.tars = []                                  # (path, size, time of change)
-        names = []
-        places = []
-        for number, tar in enumerate(find_tars(path)):
-            status = os.stat(tar)
-            self.tars.append((tar, status.st_size, status.st_mtime_ns))
-            text, place = tar_index(*self.tars[number])
-            inside = text.tobytes().decode("utf-8", "surrogateescape").split("\0")
-            folder = os.path.dirname(tar.removeprefix(path).lstrip("/"))
-            if folder:                                  # a tar in train/ holds images of train/
-                inside = [f"{folder}/{name}" for name in inside]
-            names += inside
-            places.append(np.insert(place, 0, number, axis=1))
-        names = np.array(names, object)
-        places = np.concatenate(places)                 # (number of the tar, offset, size)
-        is_image = places[:, 2] >= 0
-        chosen = self.arrange(path, names[is_image].tolist(), names[~is_image].tolist(), split)
-        self.places = places[is_image][chosen]
-
-    def __getitem__(self, index):
-        number, offset, size = self.places[index].tolist()
-        tar = self.tars[number]
-        file = open_tar(*tar).fileno()
-        content = os.pread(file, size, offset)          # workers share the file, but no position
-        status = os.fstat(file)
-        if len(content) < size or (status.st_size, status.st_mtime_ns) != tar[1:]:
-            raise ValueError(f"{tar[0]}: the archive changed; start again")
-        return decode(content, self.where(index)), int(self.labels[index])
+    # an index is there as a whole or not at all
+    temporary = f"{beside}.{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, stamp=[size, mtime_ns], paths=paths, places=places)
+        os.replace(temporary, beside)
+    except OSError as error:
+        print(f"{beside} cannot be written ({error.strerror}): each start will read all of the tar",
+              file=sys.stderr)
+    return paths, places
 
 
-# ---- sources: what else --data takes
+# ---- what else --data takes
 
-class Download:
-    """A torchvision data set of bytes, (N, H, W), (N, H, W, 3) or (N, 3, H, W), fetched to `root`
-    when first asked for. Raises ValueError if it cannot be."""
-
-    def __init__(self, cls, root="downloads", **split):
-        try:
-            self.set = cls(root, download=True, **split)
-        except Exception as error:                      # network, disk and archive errors alike
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{cls.__name__} cannot be downloaded to {root}/: {reason}") from None
-        self.classes = list(self.set.classes)
-        self.labels = np.array(getattr(self.set, "targets", getattr(self.set, "labels", None)))
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        image = np.asarray(self.set.data[index])
-        if image.shape[0] != 3:
-            image = np.atleast_3d(image).transpose(2, 0, 1)
-        return torch.from_numpy(image), int(self.labels[index])
+def download(cls, root="downloads", **split):
+    """A data set of torchvision, fetched to `root` when first asked for. Raises ValueError if it
+    cannot be."""
+    try:
+        source = cls(root, download=True, transform=TF.pil_to_tensor, **split)
+    except Exception as error:                          # network, disk and archive errors alike
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{cls.__name__} cannot be downloaded to {root}/: {reason}") from None
+    source.labels = np.array(source.targets if hasattr(source, "targets") else source.labels)
+    return source
 
 
 class Channels:
     """A source all of whose images have so many channels: colours become grey, grey ones get three
-    equal channels, others are a BadImage. Everything else is the source's own."""
-    source = None                                       # or __getattr__ would recurse in unpickling
+    equal channels, others are a BadImage."""
 
     def __init__(self, source, channels):
         self.source = source
         self.channels = channels
-
-    def __getattr__(self, name):
-        return getattr(self.source, name)
+        self.labels = source.labels
+        self.classes = source.classes
 
     def __len__(self):
         return len(self.source)
@@ -331,37 +294,34 @@ class Channels:
     def __getitem__(self, index):
         image, label = self.source[index]
         if self.channels == 1 and len(image) == 3:      # luma, ITU-R 601
-            luma = (torch.tensor([299, 587, 114])[:, None, None] * image).sum(0, keepdim=True)
-            image = luma.add(500).div(1000, rounding_mode="floor").byte()
+            r, g, b = image.int()
+            image = ((299 * r + 587 * g + 114 * b + 500) // 1000).byte()[None]
         elif self.channels == 3 and len(image) == 1:
             image = image.expand(3, -1, -1)
         if len(image) != self.channels:
-            name = self.where(index) if isinstance(self.source, Files) else f"image {index}"
+            known = hasattr(self.source, "where")
+            name = self.source.where(index) if known else f"image {index}"
             raise BadImage(f"{name} has {len(image)} channels, not {self.channels}: see --channels")
         return image, label
 
 
 SOURCES = {  # name: source of a split ("train", "val", "test") for a model of `size` pixels
     "shapes": lambda split, size: Shapes(size, split),
-    "cifar10": lambda split, size: Download(torchvision.datasets.CIFAR10, train=split == "train"),
-    "cifar100": lambda split, size: Download(torchvision.datasets.CIFAR100, train=split == "train"),
-    "stl10": lambda split, size: Download(
+    "cifar10": lambda split, size: download(torchvision.datasets.CIFAR10, train=split == "train"),
+    "cifar100": lambda split, size: download(torchvision.datasets.CIFAR100, train=split == "train"),
+    "stl10": lambda split, size: download(
         torchvision.datasets.STL10, split="train+unlabeled" if split == "train" else "test"),
 }
 
 
 def open_source(data, split, size, channels=None, shapes_count=None):
-    """The source behind --data: a row of SOURCES, a tar or a folder of tars, or a folder of images
-    (./shapes for one of that name). channels: of all images; None: as they are. shapes_count: how
-    many built-in images to train on; None: 4,096."""
+    """The source behind --data: a row of SOURCES, or a folder or tar (./shapes for one of that name).
+    channels: of all images; None: as they are. shapes_count: how many built-in images to train on;
+    None: 4,096."""
     if data == "shapes" and split == "train":
         source = Shapes(size, split, shapes_count)
-    elif data in SOURCES:
-        source = SOURCES[data](split, size)
-    elif find_tars(data):
-        source = Tar(data, split)
     else:
-        source = Folder(data, split)
+        source = SOURCES[data](split, size) if data in SOURCES else Folder(data, split)
     if channels is None or channels == 3 and isinstance(source, Shapes):
         return source
     return Channels(source, channels)
@@ -374,32 +334,28 @@ def name_of(data):
 
 # ---- crops
 
-def crop_box(height, width, scale, generator, ratio=(3 / 4, 4 / 3)):
+def crop_box(height, width, scale, generator):
     """((top, left, height, width), flip): a box with a share `scale` (low, high) of the area and an
-    aspect in `ratio`, and a coin. The distribution is that of torchvision's RandomResizedCrop,
+    aspect of 3/4 to 4/3, and a coin. The distribution is that of torchvision's RandomResizedCrop,
     which takes no generator: ten tries, then the largest centred box that fits."""
     *draws, coin = torch.rand(41, generator=generator).tolist()
-    low = math.log(ratio[0])
-    high = math.log(ratio[1])
     for i in range(0, 40, 4):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])
-        aspect = math.exp(low + (high - low) * draws[i + 1])
-        w = round(math.sqrt(area * aspect))
+        share, shape, y, x = draws[i:i + 4]
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * shape)
         h = round(math.sqrt(area / aspect))
+        w = round(math.sqrt(area * aspect))
         if 0 < w <= width and 0 < h <= height:
-            top = int(draws[i + 2] * (height - h + 1))
-            left = int(draws[i + 3] * (width - w + 1))
-            return (top, left, h, w), coin < 0.5
-    h = min(height, round(width / ratio[0]))
-    w = min(width, round(height * ratio[1]))
+            return (int(y * (height - h + 1)), int(x * (width - w + 1)), h, w), coin < 0.5
+    h = min(height, round(width / (3 / 4)))
+    w = min(width, round(height * (4 / 3)))
     return ((height - h) // 2, (width - w) // 2, h, w), coin < 0.5
 
 
-def random_resized_crop(image, size, scale, generator, ratio=(3 / 4, 4 / 3),
-                        interpolation=BILINEAR):
+def random_resized_crop(image, size, scale, generator, interpolation=BILINEAR):
     """A random box (see `crop_box`) of a uint8 image (C, H, W) → (C, size, size), antialiased,
     flipped half the time."""
-    (top, left, h, w), flip = crop_box(*image.shape[-2:], scale, generator, ratio)
+    (top, left, h, w), flip = crop_box(*image.shape[-2:], scale, generator)
     # bytes are resized as they are, and faster where channels lie together, as decoders put them
     crop = image[None, :, top:top + h, left:left + w].contiguous(memory_format=torch.channels_last)
     crop = F.interpolate(crop, (size, size), mode=interpolation.value, antialias=True)[0]
@@ -415,10 +371,8 @@ def center_crop(image, size):
 def evaluation_crop(image, resize, size):
     """What models are tested on: the short side of a uint8 image (C, H, W) at `resize` px, then the
     central (C, size, size)."""
-    height, width = image.shape[-2:]
-    short = min(height, width)
-    if max(height, width) > 4 * short:                  # a long strip, resized, might fill memory
-        image = TF.center_crop(image, [min(height, 4 * short), min(width, 4 * short)])
+    longest = 4 * min(image.shape[-2:])                 # a long strip, resized, might fill memory
+    image = TF.center_crop(image, [min(side, longest) for side in image.shape[-2:]])
     return TF.center_crop(TF.resize(image, [resize], BICUBIC, antialias=True), [size, size])
 
 
@@ -439,9 +393,6 @@ class Batches:
         if images < batch_size:
             raise ValueError(f"{images} training images make no batch of {batch_size}: "
                              "give more, or a smaller --batch-size")
-        if batch_size % (micro_batch * world):
-            raise ValueError(f"batch size {batch_size} is not a multiple of "
-                             f"micro-batch {micro_batch} × {world} process(es)")
         self.images = images
         self.batch_size = batch_size
         self.micro_batch = micro_batch
@@ -453,6 +404,7 @@ class Batches:
         self.repeats = repeats
 
     def __iter__(self):
+        size = self.micro_batch
         shuffled = None
         positions = torch.arange(self.batch_size)
         # with 2 repeats, images a a b b become a b a b: neighbours are different ones
@@ -465,8 +417,8 @@ class Batches:
                 shuffled = epoch
             batch = order[(first + positions) // self.repeats][spread].tolist()
             samples = list(zip([epoch] * len(batch), range(first, first + len(batch)), batch))
-            for micro in range(self.rank, self.batch_size // self.micro_batch, self.world):
-                yield samples[micro * self.micro_batch:(micro + 1) * self.micro_batch]
+            for i in range(self.rank * size, self.batch_size, self.world * size):
+                yield samples[i:i + size]
 
 
 def readable(source, index, *numbers):
@@ -533,10 +485,9 @@ def visible(image):
 
 def write_picture(path, images, columns):
     """uint8 images (B, C, H, W) as a PNG, row by row; small ones are shown larger."""
-    grid = torchvision.utils.make_grid(visible(images).cpu(), nrow=columns, padding=2)
+    grid = TF.to_pil_image(torchvision.utils.make_grid(visible(images).cpu(), columns))
     times = max(1, 128 // images.shape[-1])
-    grid = grid.repeat_interleave(times, 1).repeat_interleave(times, 2)
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path, "PNG")
+    ImageOps.scale(grid, times, Image.Resampling.NEAREST).save(path, "PNG")
 
 
 # ---- loader processes

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
@@ -40,7 +41,7 @@ import weights
 
 class Classification:
     """Which class: logits (B, K); targets (B, K) in training, labels (B,) in tests."""
-    pool = "mean"       # of model.Predictor
+    pool = None         # of model.Predictor: as the protocol says
     outputs = None      # one for each class
     metric = "top1"     # the one that counts
     sign = 1            # more is better
@@ -138,11 +139,13 @@ def main(argv=None):
                 odd = sorted(set(classes) ^ set(train_classes))
                 raise ValueError(f"train and val of {cfg.data} have different classes: {odd[0]!r} is "
                                  "in one of them only")
+    chosen = list(range(len(source)))
     if args.labels:
         if args.labels > len(source):
             raise ValueError(f"--labels {args.labels} is more than the {len(source)} there are")
         order = torch.randperm(len(source), generator=data.generator(args.seed, "labels"))
-        source = torch.utils.data.Subset(source, order[:args.labels].tolist())
+        chosen = order[:args.labels].tolist()
+        source = torch.utils.data.Subset(source, chosen)
     usual = 256 if "nano" in models.like(cfg.arch) else recipes.RECIPES[cfg.arch]["micro_batch"]
     if trains:
         micro_batch = recipes.micro_batch(cfg.batch_size, args.micro_batch, world, usual)
@@ -153,15 +156,18 @@ def main(argv=None):
 
     # model: an encoder, from --init if given, and a head
     torch.manual_seed(data.key(args.seed))
-    encoder = models.build(cfg.arch, cfg.img_size, channels=cfg.channels,
-                           drop_path=cfg.drop_path or 0.0).encoder
+    options = dict(drop_path=cfg.drop_path or 0.0)
+    if cfg.qv_bias is False:
+        options["qv_bias"] = False
+    encoder = models.build(cfg.arch, cfg.img_size, channels=cfg.channels, **options).encoder
     if isinstance(encoder, models.ViT) and cfg.test_crop != cfg.img_size:
         raise ValueError(f"a ViT is tested at its own size: --test-crop {cfg.test_crop} differs from "
                          f"--img-size {cfg.img_size}")
-    model = models.Predictor(encoder, task.outputs or len(classes), task.pool)
+    outputs = task.outputs or len(classes)
+    model = models.Predictor(encoder, outputs, task.pool or cfg.pool, cfg.head_std or 0.01)
     started_from = "random weights"
     if init is not None:
-        report = weights.load(model, init, args.init, head=args.eval)
+        report = weights.load(model, init, args.init, args.eval, cfg.resize_bias is not False)
         started_from = f"{args.init}, {weights.describe(report)}"
         no_head = any(name.startswith("head.") for name in report["missing"])
         if args.eval and (no_head or init.get("classes") not in (None, classes)):
@@ -171,7 +177,7 @@ def main(argv=None):
     if frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name.startswith("head.")
-    model = runtime.place(model, device, world)
+    model = runtime.place(model, device, world, cfg.sync_bn is not False)
     autocast, scaler = runtime.precision(args.amp, device)
 
     # the run, and its folder
@@ -202,6 +208,12 @@ def main(argv=None):
         if master_process:
             write_result(out, identity, metrics)
         return
+
+    # runs with equal hashes train on the same images, from the same order and first head: pairs
+    first_batch = next(iter(data.Batches(len(source), cfg.batch_size, micro_batch, 0, 1, args.seed)))
+    head = torch.cat([parameter.detach().flatten() for parameter in model.head.parameters()])
+    numbers = dict(labels=chosen, order=[index for _, _, index in first_batch], head=head.tolist())
+    hashes = {name: f"{data.key(*values):016x}" for name, values in numbers.items()}
 
     # optimizer, and a running mean of the weights, which is then what is tested
     accumulate = cfg.batch_size // (micro_batch * world)
@@ -404,7 +416,8 @@ def main(argv=None):
     bar.close()
     stop_request.restore()
     if master_process:
-        write_result(out, identity, metrics, epoch=epoch, step=stop, steps=total, best=best)
+        write_result(out, identity, metrics, epoch=epoch, step=stop, steps=total, best=best,
+                     hashes=hashes)
 
 
 # ---- images
@@ -416,9 +429,6 @@ def open_labelled(cfg, split, task):
         source = shapes.Shapes(cfg.img_size, split, count, target=task)
         return data.Channels(source, cfg.channels), None
     source = data.open_source(cfg.data, split, cfg.img_size, cfg.channels, cfg.shapes_count)
-    if getattr(source, "empty", None):
-        raise ValueError(f"class folder {source.empty[0]} in {source.root} has no images: remove it, "
-                         "or fill it")
     labelled = (source.labels >= 0).nonzero()[0]
     if not len(labelled):
         raise ValueError(f"the images of {cfg.data} have no labels: put each class in a folder")
@@ -474,12 +484,15 @@ def augment(image, generator, cfg):
     shared.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
     if cfg["randaugment"] is not None:
         fill = [round(255 * m) for m in mean]
+        # Pillow turns and shears bicubically; torchvision, of tensors, bilinearly at best
+        image = TF.to_pil_image(image)
         for _ in range(2):
             magnitude = (cfg["randaugment"] + 0.5 * torch.randn(())).clamp(0, 10)
             if torch.rand(()) < 0.5:
                 # magnitudes 0..10 are levels 0..30
-                operation = v2.RandAugment(1, round(3 * float(magnitude)), 31, data.BILINEAR, fill)
+                operation = v2.RandAugment(1, round(3 * float(magnitude)), 31, data.BICUBIC, fill)
                 image = operation(image)
+        image = TF.pil_to_tensor(image)
     if cfg["random_erasing"] and torch.rand(()) < cfg["random_erasing"]:
         erase = v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")
         erased = erase(data.normalize(image[None], mean, cfg["std"])[0])

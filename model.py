@@ -4,6 +4,7 @@ B, C, H, W: images, channels, rows, columns; h, w: rows and columns of a feature
 of a ViT and their width; n: its patches a side. A mask is (B, h, w), 1 = masked. Wherever images
 have 3 channels here, an encoder built for others has its own number.
 """
+import functools
 import inspect
 import math
 
@@ -24,10 +25,11 @@ class A2MIM(nn.Module):
 
     encoder: an Encoder. mask_layer: the token enters just before this layer, counted from 0.
     token: "add" (A²MIM), "replace" (SimMIM) or "none". gamma: None, or the start of a learned γ.
-    fill: what stands at masked pixels, a row of masking.FILLS. Raises ValueError.
+    fill: what stands at masked pixels, a row of masking.FILLS. token_std: see MaskToken.
+    Raises ValueError.
     """
 
-    def __init__(self, encoder, mask_layer=0, token="add", gamma=None, fill="mean"):
+    def __init__(self, encoder, mask_layer=0, token="add", gamma=None, fill="mean", token_std=0.02):
         super().__init__()
         last = len(encoder.layers) - 1
         if not 0 <= mask_layer <= last:
@@ -38,7 +40,7 @@ class A2MIM(nn.Module):
         self.mask_layer = mask_layer
         self.fill = fill
         width = encoder.widths[mask_layer]
-        self.mask_token = None if token == "none" else MaskToken(width, token, gamma)
+        self.mask_token = None if token == "none" else MaskToken(width, token, gamma, token_std)
         self.decoder = decoder(encoder.widths[-1], encoder.stride, encoder.channels)
 
     def forward(self, image, mask):
@@ -77,12 +79,14 @@ class MaskToken(nn.Module):
     """z·(1 − M) + γ·z·M + t·M, with one learned vector t for all masked positions (A²MIM).
 
     γ = 1 adds t to what is there (A²MIM's ViT). γ = 0 replaces it (SimMIM). A learned γ for each
-    channel, which starts near 0, is A²MIM's for ResNets.
+    channel, which starts near 0, is A²MIM's for CNNs. std: of t at the start; 0 starts it at zero.
     """
 
-    def __init__(self, channels, how="add", gamma=None):
+    def __init__(self, channels, how="add", gamma=None, std=0.02):
         super().__init__()
-        self.token = nn.Parameter(nn.init.trunc_normal_(torch.empty(channels), std=0.02))
+        self.token = nn.Parameter(torch.zeros(channels))
+        if std:
+            nn.init.trunc_normal_(self.token, std=std)
         self.gamma = 1.0 if how == "add" else 0.0
         if how == "add" and gamma is not None:
             self.gamma = nn.Parameter(torch.full((channels,), gamma))
@@ -127,10 +131,14 @@ class Predictor(nn.Module):
       "none"     each position by itself; a linear head -> (B, outputs, H, W). For dense tasks.
     But for "token", the encoder's final `norm`, if it has one, gives way to `fc_norm`, a LayerNorm
     after the mean, and the class token is not used (as in BEiT and SimMIM).
+    head_std: the head starts at N(0, head_std²); with "token" at a truncated normal, as the
+    published DeiT-S does (0.02). Raises ValueError for "token" without a class token.
     """
 
-    def __init__(self, encoder, outputs, pool="mean"):
+    def __init__(self, encoder, outputs, pool="mean", head_std=0.01):
         super().__init__()
+        if pool == "token" and not isinstance(encoder, ViT):
+            raise ValueError("pool 'token' needs a ViT's class token: choose 'mean'")
         width = encoder.widths[-1]
         self.encoder = encoder
         self.pool = pool
@@ -148,7 +156,8 @@ class Predictor(nn.Module):
             pixels = encoder.stride ** 2 if pool == "none" else 1           # of each position
             last = nn.Linear(width, outputs * pixels)
             self.head = last
-        nn.init.normal_(last.weight, std=0.01)
+        initialise = nn.init.trunc_normal_ if pool == "token" else nn.init.normal_
+        initialise(last.weight, std=head_std)
         nn.init.zeros_(last.bias)
 
     def features(self, image):
@@ -202,6 +211,7 @@ class ViT(Encoder):
     """Vision transformer, pre-norm, in the flavour of BEiT and SimMIM (arXiv 2010.11929).
 
     layer_scale: start of γ1 and γ2, or None. rel_pos_bias, abs_pos: the two kinds of positions.
+    qv_bias: whether queries and values have biases, as in BEiT.
     patch_size: None for 8 patches a side. init_std: of weights, positions and class token; 0.02
     suits widths of hundreds, a narrow model needs more. drop_path: rises linearly to this.
     `layers[0]` adds class token and positions; `layers[k]` is block k, counted from 1.
@@ -209,7 +219,7 @@ class ViT(Encoder):
 
     def __init__(self, img_size=224, *, channels=3, patch_size=16, dim=768, depth=12, heads=12,
                  mlp_dim=3072, drop_path=0.1, layer_scale=0.1, rel_pos_bias=True, abs_pos=True,
-                 init_std=0.02):
+                 qv_bias=True, init_std=0.02):
         super().__init__()
         if img_size % (patch_size or 8):
             raise ValueError(f"img_size {img_size} is not a multiple of {patch_size or 8}")
@@ -229,7 +239,7 @@ class ViT(Encoder):
         grid = self.grid if rel_pos_bias else None
         for i in range(depth):
             drop = drop_path * i / max(depth - 1, 1)
-            self.blocks.append(Block(dim, heads, mlp_dim, drop, layer_scale, grid))
+            self.blocks.append(Block(dim, heads, mlp_dim, drop, layer_scale, grid, qv_bias))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
         # patch_embed keeps PyTorch's own initialisation
@@ -274,10 +284,10 @@ class ViT(Encoder):
 class Block(nn.Module):
     """x += drop_path(γ1 · attn(LN(x))), then x += drop_path(γ2 · mlp(LN(x)))."""
 
-    def __init__(self, dim, heads, mlp_dim, drop_path, layer_scale, grid):
+    def __init__(self, dim, heads, mlp_dim, drop_path, layer_scale, grid, qv_bias=True):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, grid)
+        self.attn = Attention(dim, heads, grid, qv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, mlp_dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
@@ -314,19 +324,19 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. q and v have biases, k has none (softmax would cancel it).
+    """Multi-head self-attention. k has no bias (softmax would cancel it), q and v by qv_bias.
 
     grid: n, patches a side, for a learned relative position bias (BEiT, arXiv 2106.08254), or
     None. Its table has a row for each of the (2n − 1)² offsets between two patches, then for
     class → patch, patch → class and class → class; and a column for each head.
     """
 
-    def __init__(self, dim, heads, grid):
+    def __init__(self, dim, heads, grid, qv_bias=True):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim))
-        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qv_bias else None
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = None
         if grid is not None:
@@ -343,7 +353,9 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, N, D) -> q, k, v as one tensor (3, B, heads, N, D/heads)."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)                # (B, N, 3·D)
         return qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
@@ -449,31 +461,30 @@ def stage(block, channels, planes, depth, stride):
     if stride != 1 or channels != width:
         conv = nn.Conv2d(channels, width, 1, stride, bias=False)
         shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
-    blocks = [block(channels, planes, stride, shortcut)]
-    for _ in range(depth - 1):
-        blocks.append(block(width, planes))
-    return nn.Sequential(*blocks)
+    first = block(channels, planes, stride, shortcut)
+    return nn.Sequential(first, *[block(width, planes) for _ in range(depth - 1)])
 
 
 # ---- torchvision's other encoders
 
-class TorchVision(Encoder):
-    """A torchvision network of four stages without its classifier, its parameters' names.
+class ConvNeXt(Encoder):
+    """torchvision's ConvNeXt without its classifier, its parameters' names (arXiv 2201.03545).
 
-    make: a function of torchvision.models, convnext_tiny (arXiv 2201.03545) or swin_t (2103.14030).
-    last: whether channels come last in its own maps. drop_path: rises linearly to this.
+    make: its function in torchvision.models. drop_path: rises linearly to this.
     """
+    cuts = (1, 3, 5, 7, 8)      # layers in `features`: each stage, and the downsampling after it
+    last = False                # whether channels come last in torchvision's maps
+    eps = 1e-6
 
-    def __init__(self, img_size=224, *, channels=3, make, last=False, drop_path=0.0):
+    def __init__(self, img_size=224, *, channels=3, make, drop_path=0.0):
         super().__init__()
         self.features = make().features                         # stem, stage, downsampling, stage…
         width = self.features[0][0].out_channels
         self.channels = channels
         self.img_size = img_size
-        self.last = last
-        self.widths = [width, width, 2 * width, 4 * width, 8 * width]
-        self.strides = [4, 4, 8, 16, 32]
-        self.norm = nn.LayerNorm(8 * width, eps=1e-5 if last else 1e-6)     # as theirs
+        self.widths = [width * 2 ** ((cut - 1) // 2) for cut in self.cuts]
+        self.strides = [4 * 2 ** ((cut - 1) // 2) for cut in self.cuts]
+        self.norm = nn.LayerNorm(8 * width, eps=self.eps)
         drops = [m for m in self.features.modules() if isinstance(m, StochasticDepth)]
         for i, drop in enumerate(drops):
             drop.p = drop_path * i / (len(drops) - 1)
@@ -482,43 +493,41 @@ class TorchVision(Encoder):
 
     @property
     def layers(self):
-        return [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [functools.partial(self.layer, i) for i in range(4)]
 
     @property
     def blocks(self):
-        f = self.features
-        return [f[1:2], f[2:4], f[4:6], f[6:8]]
+        return [self.features[start:stop] for start, stop in zip(self.cuts, self.cuts[1:])]
 
     def stem(self, image):                                      # (B, 3, H, W) -> (B, C, H/4, W/4)
         z = self.features[0](image)
         return z.movedim(-1, 1) if self.last else z
 
-    def layer1(self, z):
-        return self.run(z, 1, 2)
-
-    def layer2(self, z):
-        return self.run(z, 2, 4)
-
-    def layer3(self, z):
-        return self.run(z, 4, 6)
-
-    def layer4(self, z):
-        z = self.run(z, 6, 8)
-        return self.norm(z.movedim(1, -1)).movedim(-1, 1)
-
-    def run(self, z, start, stop):                              # (B, C, h, w) -> the like
+    def layer(self, i, z):                                      # (B, C, h, w) -> the like
         if self.last:
             z = z.movedim(1, -1)
-        for i in range(start, stop):
-            z = self.features[i](z)
-        return z.movedim(-1, 1) if self.last else z
+        for k in range(self.cuts[i], self.cuts[i + 1]):
+            z = self.features[k](z)
+        if not self.last:
+            z = z.movedim(1, -1)
+        if i == 3:
+            z = self.norm(z)
+        return z.movedim(-1, 1)
+
+
+class Swin(ConvNeXt):
+    """torchvision's Swin transformer, in the same way (arXiv 2103.14030)."""
+    cuts = (1, 2, 4, 6, 8)      # each stage, and the downsampling before it
+    last = True
+    eps = 1e-5
 
 
 # ---- presets
 
 RESNET = dict(encoder=ResNet, mask_layer=3, gamma=1e-6)
+CONVNEXT = dict(encoder=ConvNeXt, mask_layer=3, gamma=1e-6, token_std=0.0)
 
-# encoder: its class; mask_layer (0 if absent), gamma: of A2MIM; like: the preset whose recipes and
+# encoder: its class; mask_layer, gamma, token_std: of A2MIM; like: the preset whose recipes and
 # protocols to use, if there are none of its own. The rest are keywords of the encoder's class.
 PRESETS = {
     "vit_s": dict(encoder=ViT, dim=768, depth=8, heads=8, mlp_dim=2304),    # the paper's: shallow
@@ -535,10 +544,10 @@ PRESETS = {
     "resnet152": RESNET | dict(block=Bottle, depths=(3, 8, 36, 3)),
     "resnet200": RESNET | dict(block=Bottle, depths=(3, 24, 36, 3)),
     "resnet_nano": RESNET | dict(block=Basic, depths=(1, 1, 1, 1), width=32, small_stem=True),
-    "convnext_t": dict(encoder=TorchVision, make=torchvision.models.convnext_tiny, mask_layer=3,
-                       gamma=1e-6, like="resnet50"),
-    "swin_t": dict(encoder=TorchVision, make=torchvision.models.swin_t, last=True, mask_layer=2,
-                   like="vit_b"),
+    "convnext_t": CONVNEXT | dict(make=torchvision.models.convnext_tiny),
+    "convnext_s": CONVNEXT | dict(make=torchvision.models.convnext_small),
+    "convnext_b": CONVNEXT | dict(make=torchvision.models.convnext_base),
+    "swin_t": dict(encoder=Swin, make=torchvision.models.swin_t, mask_layer=2, like="vit_b"),
 }
 
 
@@ -547,35 +556,35 @@ def like(arch):
     return PRESETS[arch].get("like", arch)
 
 
-def build(arch, img_size=224, *, channels=3, mask_layer=None, token=None, fill=None, **overrides):
+def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **overrides):
     """The one way to make a model: A2MIM around the encoder of a preset.
 
-    arch: a row of PRESETS. img_size: side of the square images, in pixels. channels: of images.
-    mask_layer: None for the preset's. token: None for "add". fill: None for "mean". overrides:
-    keywords of the encoder's class. Raises ValueError for whatever does not fit.
+    arch: a row of PRESETS. img_size: side of the square images, in pixels. mask_layer, token, fill:
+    of A2MIM; None = as in the preset, or A2MIM's default. overrides: keywords of the encoder's
+    class, such as channels (of images). Raises ValueError for whatever does not fit.
     """
     if arch not in PRESETS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(PRESETS)}")
-    preset = dict(PRESETS[arch])
-    preset.pop("like", None)
-    make_encoder = preset.pop("encoder")
-    gamma = preset.pop("gamma", None)
-    preset_layer = preset.pop("mask_layer", 0)
-    if mask_layer is None:
-        mask_layer = preset_layer
+    options = PRESETS[arch] | overrides
+    options.pop("like", None)
+    make_encoder = options.pop("encoder")
+    method = {key: options.pop(key) for key in ("mask_layer", "gamma", "token_std")
+              if key in options}
+    for key, value in dict(mask_layer=mask_layer, token=token, fill=fill).items():
+        if value is not None:
+            method[key] = value
 
-    # an encoder need not know of channels or drop_path, as long as it gets the usual 3 and 0
+    # what an encoder does not know of, it need not be told, as long as it is the usual
     known = inspect.signature(make_encoder).parameters
-    if channels != 3:
-        overrides["channels"] = channels
-    if "drop_path" not in known and overrides.get("drop_path") == 0:
-        del overrides["drop_path"]
-    unknown = sorted(set(overrides) - set(known))
+    for key, usual in dict(channels=3, drop_path=0).items():
+        if key not in known and options.get(key) == usual:
+            del options[key]
+    unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"{arch} has no {', '.join(unknown)}: choose from {', '.join(known)}")
 
-    encoder = make_encoder(img_size, **preset | overrides)
+    encoder = make_encoder(img_size, **options)
     if img_size % encoder.stride:
         raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride "
                          f"{encoder.stride}")
-    return A2MIM(encoder, mask_layer, token or "add", gamma, fill or "mean")
+    return A2MIM(encoder, **method)

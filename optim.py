@@ -10,21 +10,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 def learning_rate(config, step, steps_per_epoch):
     """The factor on every group's peak learning rate at an optimizer step, counted from 0.
 
-    A linear warm-up, then a step (×0.1 at certain epochs) or a cosine that ends at min_lr.
+    A linear warm-up, times ×0.1 at certain epochs ("step") or a cosine that ends at min_lr: from the
+    end of the warm-up ("cosine"), or as mmcv's, which the warm-up multiplies, from the start of
+    training ("cosine_from_start"), there also constant within an epoch ("cosine_by_epoch").
     """
     total = config["epochs"] * steps_per_epoch
     warmup = min(round(config["warmup_epochs"] * steps_per_epoch), total // 2)
-    if step < warmup:
-        return (step + 1) / warmup
+    factor = (step + 1) / warmup if step < warmup else 1.0
     if config["schedule"] == "step":
-        factor = 1.0
         for epoch in config.get("lr_step_epochs") or [config["lr_step_epoch"]]:
             if step >= epoch * steps_per_epoch:
                 factor *= 0.1
         return factor
+    if config["schedule"] == "cosine":
+        progress = max(0, step - warmup) / (total - warmup)
+    elif config["schedule"] == "cosine_from_start":
+        progress = step / total
+    else:
+        progress = step // steps_per_epoch / config["epochs"]
     lowest = min(1.0, config["min_lr"] / config["lr"]) if config["lr"] else 1.0
-    progress = (step - warmup) / (total - warmup)
-    return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
+    return factor * (lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 # ---- parameter groups
@@ -39,7 +44,7 @@ def layer_scales(model, decay):
     """Parameter's name -> factor on its learning rate, with layer decay d and L blocks.
 
     d^(L − i) for the encoder's block i (from 0; of a CNN, its layer), d^(L + 1) for what comes
-    before the blocks, 1 for the head.
+    before the blocks, 1 for the final norm and the head.
     """
     blocks = getattr(model.encoder, "blocks", model.encoder.layers)
     block_of = {}
@@ -48,7 +53,7 @@ def layer_scales(model, decay):
             block_of[parameter] = i
     scales = {}
     for name, parameter in model.named_parameters():
-        in_encoder = name.startswith("encoder.")
+        in_encoder = name.startswith("encoder.") and not name.startswith("encoder.norm.")
         scales[name] = decay ** (len(blocks) - block_of.get(parameter, -1)) if in_encoder else 1.0
     return scales
 

@@ -26,6 +26,7 @@ RESNET = VIT | COSINE | dict(
     epochs=300, lr=dict(a2mim=1.2e-3, simmim=8e-4), clip=None, drop_path=None,
     crop_scale=(0.8, 1.0), spatial_loss="focal_l1", frequency_weight=0.5, frequency_visible=1e-3,
     token_lr_scale=0.1)
+CONVNEXT = RESNET | dict(frequency_loss=None)
 NANO = COSINE | dict(  # ours; mask_size None: 4 blocks a side
     epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3),
     warmup_epochs=1, mask_size=None)
@@ -34,19 +35,22 @@ RECIPES = {
     "vit_s": VIT,
     "vit_b": VIT | dict(micro_batch=128),
     "vit_l": VIT | dict(micro_batch=128),
-    "deit_t": DEIT,
+    "deit_t": DEIT,  # ours; so is deit_s, but on ImageNet-100
     "deit_s": DEIT,
     "vit_nano": VIT | NANO | dict(drop_path=0.0),
-    "resnet18": RESNET,
-    "resnet34": RESNET,
+    "resnet18": RESNET,  # ours
+    "resnet34": RESNET,  # ours
     "resnet50": RESNET,
     "resnet101": RESNET | dict(frequency_loss="focal_l1", frequency_weight=0.1),
     "resnet152": RESNET | dict(frequency_loss=None),
     "resnet200": RESNET | dict(frequency_loss=None),
     "resnet_nano": RESNET | NANO | dict(img_size=32),
+    "convnext_t": CONVNEXT,
+    "convnext_s": CONVNEXT,
+    "convnext_b": CONVNEXT,
 }
 RECIPES |= {arch: RECIPES[models.like(arch)] for arch in models.PRESETS}
-IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT}
+IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT}  # published: deit_s and resnet50
 for arch in ("resnet18", "resnet34", "resnet50"):
     IMAGENET100[arch] = RESNET | dict(epochs=800, img_size=192)
 
@@ -59,7 +63,7 @@ METHODS = {  # what differs from the recipe; SimMIM: arXiv 2111.09886
 # ---- options
 
 class Option(NamedTuple):
-    kind: Any  # int, float, str, bool (a flag), or one of the three below
+    kind: Any  # int, float, str, bool (a flag), or one of the four below
     help: str
     low: float = 0  # smallest and largest number
     high: float = 1e9
@@ -74,6 +78,12 @@ def number_or_none(text):
 
 def integer_or_none(text):
     return None if text == "none" else int(text)
+
+
+def true_or_false(text):
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
 
 
 def name_or_none(text):
@@ -94,7 +104,8 @@ OPTIONS = {  # the configuration: what --print-config shows
     "batch_size": Option(int, "images to an optimizer step, of all processes together", 1),
     "lr": Option(float, "peak learning rate (absent: the recipe's, linear in the batch size)"),
     "min_lr": Option(number_or_none, "where a cosine schedule ends"),
-    "schedule": Option(str, "after a linear warm-up", choices=("step", "cosine")),
+    "schedule": Option(str, "after a linear warm-up, or times it: a cosine from the start, in steps "
+                       "or epochs", choices=("step", "cosine", "cosine_from_start", "cosine_by_epoch")),
     "lr_step_epoch": Option(integer_or_none, "of the step schedule: ×0.1"),
     "warmup_epochs": Option(float, "of linear warm-up; half of the run at most"),
     "weight_decay": Option(float, "biases, norms, positions, tokens and scales have none"),
@@ -116,7 +127,7 @@ OPTIONS = {  # the configuration: what --print-config shows
     "token_lr_scale": Option(float, "learning rate of mask token and γ, relative to all others"),
 }
 RUN = {  # how to run it
-    "recipe": Option(str, "which published recipe of --arch", choices=("imagenet", "imagenet100"),
+    "recipe": Option(str, "which recipe of --arch", choices=("imagenet", "imagenet100"),
                      default="imagenet"),
     "print_config": Option(bool, "print the configuration as JSON and exit"),
     "init": Option(str, "checkpoint to start from, ours or another project's"),
@@ -217,8 +228,8 @@ def check(cfg):
     """What train.py and finetune.py ask of a configuration. Raises ValueError."""
     if cfg.crop_scale and cfg.crop_scale[0] > cfg.crop_scale[1]:
         raise ValueError("--crop-scale: the smaller share first")
-    if cfg.schedule == "cosine" and cfg.min_lr is None:
-        raise ValueError("the cosine schedule needs --min-lr")
+    if cfg.schedule not in ("step", None) and cfg.min_lr is None:
+        raise ValueError("a cosine schedule needs --min-lr")
     if cfg.schedule == "step" and not (cfg.get("lr_step_epoch") or cfg.get("lr_step_epochs")):
         raise ValueError("the step schedule needs the epochs of its steps: "
                          "--lr-step-epoch in pre-training, --lr-step-epochs in fine-tuning")

@@ -24,9 +24,9 @@ STOPPED = 75  # exit code of a run that was asked to stop: EX_TEMPFAIL, try agai
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are ValueErrors, like all others."""
 
-    def __init__(self, prog=None, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog, allow_abbrev=False, **options)
+    def __init__(self, *args, **options):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **options)
 
     def error(self, message):
         raise ValueError(message)
@@ -36,21 +36,19 @@ def run(main, argv=None):
     """Call a script's main. A user's mistake is printed in one line, and the exit code is 2."""
     try:
         main(argv)
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except (ValueError, OSError) as error:
-        # an error of a loader process comes with its traceback as text: the last line says what
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        message = re.sub(r"^[\w.]+(Error|BadImage): ", "", lines[-1])
         # all processes find the same mistakes; an image may be unreadable on one machine only
         if os.environ.get("RANK", "0") == "0" or isinstance(error, data.BadImage):
-            script = os.path.basename(main.__code__.co_filename)
-            print(f"{script}: {message}", file=sys.stderr)
+            # of a loader process's error, which comes with its traceback, only the last line
+            message = re.sub(r"(?s).*\n[\w.]+: ", "", str(error).strip())
+            print(f"{os.path.basename(main.__code__.co_filename)}: {message}", file=sys.stderr)
         else:
             time.sleep(3)  # torchrun ends all processes when the first one leaves
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- processes and devices
@@ -61,9 +59,9 @@ def setup(deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    device = torch.device("cpu")
+        return 0, 1, device
     if cuda:
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
@@ -94,11 +92,11 @@ def workers(asked=None):
     return min(8, data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def place(model, device, world=1):
-    """The model on its device. Several GPUs normalise over their batches together."""
+def place(model, device, world=1, sync_bn=True):
+    """The model on its device. sync_bn: whether several GPUs normalise over their batches together."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where mixed precision is off
-        if world > 1:
+        if world > 1 and sync_bn:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if not isinstance(model.encoder, models.ViT):  # convolutions are fastest with channels last
         model = model.to(memory_format=torch.channels_last)
@@ -117,17 +115,16 @@ def precision(amp, device):
 # ---- requests to stop
 
 class StopRequest:
-    """`pending()` after SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C leaves at once.
+    """Whether SIGTERM, SIGUSR1 or Ctrl-C has asked a run to stop, or nobody else could any more.
 
-    torchrun passes SIGTERM on. When it dies itself, its processes get another parent.
+    A second Ctrl-C leaves at once.
     """
 
     def __init__(self):
         self.asked = False
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.before = {}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self.ask)
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
 
     def ask(self, number, frame):
         if self.asked and number == signal.SIGINT:
@@ -136,7 +133,7 @@ class StopRequest:
         self.asked = True
 
     def pending(self):
-        """Whether to stop: asked for, or torchrun is gone and nobody else would stop us."""
+        # torchrun passes SIGTERM on; when it dies itself, its processes get another parent
         return self.asked or self.torchrun not in (None, os.getppid())
 
     def restore(self):
@@ -152,36 +149,28 @@ def save(path, state, previous=None):
 
     Raises ValueError if the weights are not finite, OSError if it cannot be written.
     """
-    for value in state["model"].values():
-        if not value.isfinite().all():
-            raise ValueError(f"the weights are no longer finite and are not saved as {path}: "
-                             "try a smaller --lr")
+    if not all(value.isfinite().all() for value in state["model"].values()):
+        raise ValueError(f"the weights are no longer finite and are not saved as {path}: "
+                         "try a smaller --lr")
     try:
         with open(path + ".tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it gets its name
-    except (OSError, RuntimeError) as error:  # torch.save may raise either on a full disk
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+    except (OSError, RuntimeError) as error:
         # torch.save, told that the disk is full, complains of something else
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        reason = str(cause).splitlines()[0]
+        reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path} cannot be written ({reason}); the last one is whole") from None
     if previous is not None and os.path.exists(path):
         os.replace(path, previous)
     os.replace(path + ".tmp", path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # and so that the name survives a power cut
-    finally:
-        os.close(folder)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    os.fsync(folder)  # so that the names survive a power cut
+    os.close(folder)
 
 
 def read(path):
-    """The dictionary that a checkpoint file holds; no code in it is run. Raises ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {str(path)!r}")
+    """The dictionary that a checkpoint file holds; no code in it is run. Raises ValueError, OSError."""
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -189,9 +178,9 @@ def read(path):
             if "GLOBAL" in str(error):
                 raise ValueError(f"{path} holds Python objects beside tensors, which are never run "
                                  "here: save its state_dict alone and pass that") from None
-            raise ValueError(f"{path} is no PyTorch checkpoint, or is damaged") from None
+            checkpoint = None
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, no state_dict")
+        raise ValueError(f"{path} holds no state_dict of PyTorch, or is damaged")
     return checkpoint
 
 
@@ -213,31 +202,27 @@ def load(out, config, defaults={}):
     checkpoint lacks. Raises ValueError if it differs, or if all checkpoints are damaged.
     """
     last = os.path.join(out, "last.pt")
-    previous = os.path.join(out, "previous.pt")
-    paths = [path for path in (last, previous) if os.path.exists(path)]
-    for path in paths:
-        if not is_undamaged(path):
-            continue
-        try:
+    paths = [path for path in (last, os.path.join(out, "previous.pt")) if os.path.exists(path)]
+    if not paths:
+        return None
+    for path in filter(is_undamaged, paths):
+        with contextlib.suppress(ValueError):  # PyTorch may find damage where checksums do not
             state = read(path)
-        except ValueError:
-            continue
-        there = config | defaults | state.get("config", {"format": "of another program"})
-        differing = [key for key in there if there[key] != config.get(key)]
-        if differing:
-            fields = [f"{key} ({there[key]} there, {config.get(key)} here)" for key in differing[:4]]
-            more = " …" if differing[4:] else ""
-            raise ValueError(f"{out} holds another run, which differs in {', '.join(fields)}{more}: "
-                             "choose another --out or remove the folder")
-        if path == previous and os.environ.get("RANK", "0") == "0":
-            print(f"{last} is damaged or missing: going on from {previous}", flush=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(last)  # or it would become the next previous.pt
-        return state
-    if paths:
+            break
+    else:
         raise ValueError(f"{' and '.join(paths)} cannot be read, or are damaged: "
                          "choose another --out or remove the folder")
-    return None
+    there = config | defaults | state.get("config", {"format": "of another program"})
+    differing = [key for key in there if there[key] != config.get(key)]
+    if differing:
+        fields = [f"{key} ({there[key]} there, {config.get(key)} here)" for key in differing[:4]]
+        raise ValueError(f"{out} holds another run, which differs in {', '.join(fields)}: "
+                         "choose another --out or remove the folder")
+    if path != last and os.environ.get("RANK", "0") == "0":
+        print(f"{last} is damaged or missing: going on from {path}", flush=True)
+        if last in paths:
+            os.remove(last)  # or it would become the next previous.pt
+    return state
 
 
 def restore(checkpoint, model, optimizer, scaler):
@@ -250,15 +235,13 @@ def restore(checkpoint, model, optimizer, scaler):
 
 def open_log(out, step):
     """log.jsonl, to be added to. Entries after this step belong to what was lost, and go."""
-    path = os.path.join(out, "log.jsonl")
-    kept = []
-    if os.path.exists(path):
-        with open(path) as file:
-            for line in file:
-                with contextlib.suppress(ValueError):  # the last line may be a part of one
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-    with open(path + ".tmp", "w") as file:
-        file.writelines(kept)
-    os.replace(path + ".tmp", path)
-    return open(path, "a")
+    log = open(os.path.join(out, "log.jsonl"), "a+")
+    log.seek(0)
+    size = 0
+    with contextlib.suppress(ValueError):  # the last line may be a part of one
+        for line in log:
+            if json.loads(line)["step"] > step:
+                break
+            size += len(line)
+    log.truncate(size)
+    return log

@@ -1,8 +1,5 @@
 """A built-in world of images, for runs that need no data: one textured object on a background.
-
-Each image is made when it is asked for, at any size, from a seed and its index. Its class, pose
-and mask are known.
-"""
+Each is made when it is asked for, at any size, from its index; class, pose and mask are known."""
 import math
 
 import numpy as np
@@ -69,24 +66,20 @@ def pink_noise(count, size, rng):
 
 
 class Shapes:
-    """One object of ten kinds with a texture, on a 1/f background.
-
-    `shapes[i]` is (image uint8 (3, size, size), label), or with target "pose" or "mask" that in
-    place of the label; `shapes.sample(i)` is all of them.
-    """
+    """`shapes[i]` is (image uint8 (3, size, size), label), or with target "pose" or "mask" that in
+    place of the label; `shapes.sample(i)` is all of them."""
     classes = list(KINDS)
 
     def __init__(self, size, split="train", count=None, seed=0, target="label"):
         self.size = size
-        self.count = count or (4096 if split == "train" else 512)
         self.seed = (seed, split != "train")
         self.target = target
-        self.labels = np.arange(self.count) % len(KINDS)
+        self.labels = np.arange(count or (4096 if split == "train" else 512)) % len(KINDS)
         self.textures = pink_noise(16, 2 * size, np.random.default_rng((*self.seed, 1)))
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32) + 0.5
 
     def __len__(self):
-        return self.count
+        return len(self.labels)
 
     def __getitem__(self, index):
         sample = self.sample(index)
@@ -96,13 +89,9 @@ class Shapes:
         """A dictionary: image, uint8 (3, S, S); label, int; pose, float32 (4,): centre x and y and
         radius as shares of the side, angle in radians, clockwise, in 0..2π; mask, bool (S, S), the
         object's pixels. Raises IndexError."""
-        if not 0 <= index < self.count:
-            raise IndexError(index)
+        label = int(self.labels[index])
         rng = np.random.default_rng((*self.seed, 2, index))
         S = self.size
-
-        # the pose
-        label = index % len(KINDS)
         radius = rng.uniform(0.25, 0.45)
         cx, cy = rng.uniform(radius, 1 - radius, 2)
         angle = rng.uniform(0, 2 * math.pi)
@@ -122,8 +111,8 @@ class Shapes:
         towards = rng.uniform(0, 2 * math.pi)
         slope = math.cos(towards) * (self.x / S - 0.5) + math.sin(towards) * (self.y / S - 0.5)
         light = 0.5 + 0.7 * slope                               # (S, S)
-        image = self.paint(rng, 0.7 * light + 0.3 * self.noise(rng), contrast=0.8)
-        painted = self.paint(rng, self.pattern(rng, u, v), contrast=0.8)
+        image = self.paint(rng, 0.7 * light + 0.3 * self.noise(rng))
+        painted = self.paint(rng, self.pattern(rng, u, v))
         image += cover * (painted - image)
         return {"image": torch.from_numpy((image * 255).astype(np.uint8)), "label": label,
                 "pose": torch.tensor([cx, cy, radius, angle]).float(),
@@ -150,9 +139,9 @@ class Shapes:
         return (4 * checks - 1).clip(0, 1)
 
     @staticmethod
-    def paint(rng, texture, contrast):
+    def paint(rng, texture):
         """A texture (S, S) between two colours: (3, S, S) in 0..1."""
         low = rng.uniform(0, 1, (3, 1, 1)).astype(np.float32)
-        change = rng.uniform(-contrast, contrast, (3, 1, 1)).astype(np.float32)
+        change = rng.uniform(-0.8, 0.8, (3, 1, 1)).astype(np.float32)
         high = (low + change).clip(0, 1)
         return low + (high - low) * texture

@@ -18,7 +18,7 @@ import runtime
 
 # ---- formats
 
-# (pattern, replacement), applied in order. What needs more than a new name is in `translate`.
+# (pattern, replacement), applied in order. What needs more than a new name is in `unpack`.
 TIMM = [(r"^fc\.", "head."),  # ResNets
         (r"^(?!head\.|fc_norm\.|mask_token|decoder)", "encoder."),
         (r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed."),
@@ -34,8 +34,16 @@ OPENMIXUP = [(r"^neck\.decoder_pred\.", "decoder."),
              (r"^encoder\.layers\.", "encoder.blocks."),
              (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
              (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-             (r"^encoder\.ln1\.", "encoder.norm."),
-             (r"\.ln(\d)\.", r".norm\1.")]
+             (r"^encoder\.(ln1|norm3)\.", "encoder.norm."),
+             (r"\.ln(\d)\.", r".norm\1."),
+             # ConvNeXt
+             *[(rf"\.downsample_layers\.{i}\.", f".features.{2 * i}.") for i in range(4)],
+             *[(rf"\.stages\.{i}\.", f".features.{2 * i + 1}.") for i in range(4)],
+             (r"\.depthwise_conv\.", ".block.0."),
+             (r"(\.features\..*)\.norm\.", r"\1.block.2."),
+             (r"\.pointwise_conv1\.", ".block.3."),
+             (r"\.pointwise_conv2\.", ".block.5."),
+             (r"(\.features\..*)\.gamma$", r"\1.layer_scale")]
 TORCHVISION = [(r"^classifier\.0\.", "fc_norm."),  # ConvNeXt
                (r"^classifier\.2\.", "head."),
                (r"^(?!head\.|fc_norm\.)", "encoder.")]
@@ -52,28 +60,14 @@ FORMATS = {  # format: (how one of its names begins, table of names); the first 
 # what an encoder may lack, and the value that makes ours compute the same
 NEUTRAL = dict(q_bias=0.0, v_bias=0.0, relative_position_bias_table=0.0, pos_embed=0.0,
                gamma_1=1.0, gamma_2=1.0)
+# what ours may lack by design: the final norm where there is fc_norm, biases of q and v
+OPTIONAL = re.compile(r"encoder\.(norm\.|.*\.[qv]_bias$)")
 
 
 def rename(name, table):
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def translate(state, table):
-    """Yields (name in the file, our name, tensor); a tensor of the file may become several."""
-    blocks = dict.fromkeys(i for name in state for i in re.findall(r"\bblocks\.(\d+)\.", name))
-    for name, value in state.items():
-        new = rename(name, table)
-        if re.match(r"encoder\.blocks\..*\.qkv\.bias", new):  # softmax cancels the bias of the keys
-            q, _, v = value.chunk(3)
-            yield name, new.replace("qkv.bias", "q_bias"), q
-            yield name, new.replace("qkv.bias", "v_bias"), v
-        elif new == "encoder.rel_pos_bias.relative_position_bias_table":  # one for all blocks
-            for i in blocks:
-                yield name, f"encoder.blocks.{i}.attn.relative_position_bias_table", value
-        elif not re.match(r"encoder\.(blocks|rel_pos).*(relative_position_index|k_bias)$", new):
-            yield name, new, value.flatten() if new.startswith("mask_token.") else value
 
 
 def unpack(checkpoint, where):
@@ -86,11 +80,26 @@ def unpack(checkpoint, where):
         raise ValueError(f"{where} holds no state_dict: no tensors by name, nor under 'model'")
     # DDP and torch.compile put their own in front of a name
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): value for k, value in state.items()}
-    for kind, (beginning, table) in FORMATS.items():
-        if any(re.match(beginning, name) for name in state):
-            return kind, list(translate(state, table))
-    raise ValueError(f"{where} is in no known format ({', '.join(FORMATS)}): "
-                     f"it begins with {next(iter(state))!r}")
+    kinds = [kind for kind, (beginning, _) in FORMATS.items()
+             if any(re.match(beginning, name) for name in state)]
+    if not kinds:
+        raise ValueError(f"{where} is in no known format ({', '.join(FORMATS)}): "
+                         f"it begins with {next(iter(state))!r}")
+
+    items = []
+    blocks = dict.fromkeys(i for name in state for i in re.findall(r"\bblocks\.(\d+)\.", name))
+    for name, value in state.items():
+        new = rename(name, FORMATS[kinds[0]][1])
+        if re.match(r"encoder\.blocks\..*\.qkv\.bias", new):  # softmax cancels the bias of the keys
+            q, _, v = value.chunk(3)
+            items.append((name, new.replace("qkv.bias", "q_bias"), q))
+            items.append((name, new.replace("qkv.bias", "v_bias"), v))
+        elif new == "encoder.rel_pos_bias.relative_position_bias_table":  # one for all blocks
+            for i in blocks:
+                items.append((name, f"encoder.blocks.{i}.attn.relative_position_bias_table", value))
+        elif not re.match(r"encoder\.(blocks|rel_pos).*(relative_position_index|k_bias)$", new):
+            items.append((name, new, value))
+    return kinds[0], items
 
 
 # ---- in
@@ -98,12 +107,12 @@ def unpack(checkpoint, where):
 def resize_positions(name, value, like):
     """A tensor of the file in the shape of the model's; None where that cannot be.
 
-    Only tables of positions change: absolute ones (1, 1 + n·n, D) and relative biases
-    ((2n − 1)² + 3, heads) are maps, interpolated bicubically (antialiased, corners not aligned: a
-    place keeps its share of the image, as in timm). What belongs to the class token is kept.
+    Sides of 1 don't count. Else only positions change: absolute ones (1, 1 + n·n, D) and relative
+    biases ((2n − 1)² + 3, heads) are maps, interpolated bicubically (antialiased, corners not
+    aligned: a place keeps its share of the image, as in timm). The class token's rows are kept.
     """
-    if value.shape == like.shape:
-        return value
+    if value.squeeze().shape == like.squeeze().shape:
+        return value.reshape(like.shape)
     absolute = name.endswith("pos_embed")
     table = absolute or name.endswith("relative_position_bias_table")
     if not table or value.shape[-1] != like.shape[-1]:
@@ -119,13 +128,14 @@ def resize_positions(name, value, like):
     return torch.cat([rest, tokens])[None] if absolute else torch.cat([tokens, rest])
 
 
-def load(model, source, where="the dictionary", head=True):
+def load(model, source, where="the dictionary", head=True, resize_bias=True):
     """Load the encoder of an A2MIM or a Predictor, and of the rest what is there and fits.
 
     source: a path, or the dictionary that is in a file (`where`). head=False: leave the classifier.
-    Positions are resized; what the file's encoder lacks by design is made NEUTRAL. Returns
-    {"format", "loaded", "resized", "neutral", "missing", "unused"}: lists of our names, but for
-    `unused`, the file's. Raises ValueError for another encoder; the model is then as it was.
+    Positions are resized; resize_bias=False: relative-bias tables of another size are left instead.
+    What the file's encoder lacks by design is made NEUTRAL. Returns {"format", "loaded", "resized",
+    "neutral", "missing", "unused"}: lists of our names, but for `unused`, the file's. Raises
+    ValueError for another encoder; the model is then as it was.
     """
     if isinstance(source, (str, os.PathLike)):
         where = source
@@ -133,27 +143,31 @@ def load(model, source, where="the dictionary", head=True):
     kind, items = unpack(source, where)
     own = model.state_dict()
     names = [new for _, new, _ in items]
-    # fc_norm is the final norm of fine-tuned encoders; without it a head is on the class token
-    if "fc_norm.weight" not in own:
+    fc_norm = "fc_norm.weight" in own
+    if fc_norm and type(model.encoder) is models.ConvNeXt:  # its one norm, officially, is for both
+        names = [new.replace("encoder.norm.", "fc_norm.") for new in names]
+    # a head belongs to what it was trained on: the mean after fc_norm, or what the final norm gives
+    head = head and fc_norm == ("fc_norm.weight" in names)
+    if not fc_norm:
         names = [new.replace("fc_norm.", "encoder.norm.") for new in names]
-    elif "fc_norm.weight" not in names:
-        head = False
 
     loaded = {}
     resized = []
     unused = []
     for (name, _, value), new in zip(items, names):
-        fitted = resize_positions(new, value, own[new]) if new in own else None
-        if fitted is not None and (head or not new.startswith("head.")):
-            loaded[new] = fitted
-            if fitted.shape != value.shape:
-                resized.append(new)
-        elif new.startswith("encoder.") and (new in own or not new.startswith("encoder.norm.")):
-            shape = tuple(own[new].shape) if new in own else "has not"
+        wanted = new in own and (head or not new.startswith("head."))
+        fitted = resize_positions(new, value, own[new]) if wanted else None
+        if fitted is None and new.startswith("encoder.") and (wanted or not OPTIONAL.match(new)):
+            shape = tuple(own[new].shape) if wanted else "has not"
             raise ValueError(f"{where}: its encoder has {name} {tuple(value.shape)}, this model's "
                              f"{shape}: build it with the file's architecture and patch size")
-        else:
+        other_size = fitted is not None and fitted.numel() != value.numel()
+        if fitted is None or (other_size and not resize_bias and new.endswith("bias_table")):
             unused.append(name)
+            continue
+        loaded[new] = fitted
+        if other_size:
+            resized.append(new)
 
     neutral = {name: torch.full_like(own[name], NEUTRAL[name.split(".")[-1]]) for name in own
                if name not in loaded and name.split(".")[-1] in NEUTRAL}
@@ -206,17 +220,22 @@ def open_model(path, arch=None, img_size=None):
     method = {key: run.get(key) for key in ("mask_layer", "fill", "token")}
     if kind == "SimMIM":
         method = dict(mask_layer=0, fill="none", token="replace")
-    model = models.build(arch, size or 224, channels=run.get("channels", 3), **method)
+    if run.get("qv_bias") is False:
+        method["qv_bias"] = False
+    channels = run.get("channels", 3)
+    model = models.build(arch, size or 224, channels=channels, **method)
 
-    # a classifier: on the mean of our fine-tuned encoders, on the class token of others' ViTs
+    # a classifier: on the mean over positions, or on the class token of a ViT without fc_norm
+    encoder = model.encoder
     head = state.get("head.weight")
     if head is not None and head.ndim == 2 and run.get("task", "class") == "class":
-        if "fc_norm.weight" in state or not hasattr(model.encoder, "norm"):
-            model = models.Predictor(model.encoder, len(head), "mean")
-        elif isinstance(model.encoder, models.ViT):
-            model = models.Predictor(model.encoder, len(head), "token")
+        one_norm = type(encoder) is models.ConvNeXt or not hasattr(encoder, "norm")
+        if one_norm or "fc_norm.weight" in state:
+            model = models.Predictor(encoder, len(head), "mean")
+        elif isinstance(encoder, models.ViT):
+            model = models.Predictor(encoder, len(head), "token")
     about = dict(arch=arch, size=size or 224, run=run, classes=checkpoint.get("classes"),
-                 channels=run.get("channels", 3), mean=list(run.get("mean", data.MEAN)),
+                 channels=channels, mean=list(run.get("mean", data.MEAN)),
                  std=list(run.get("std", data.STD)))
     return model, about | load(model, checkpoint, path)
 
@@ -227,7 +246,8 @@ def export(source, to, arch=None, img_size=None):
     """The model in a file for another library: (state_dict, Python that builds what loads it).
 
     source, arch, img_size: as for open_model. to: "timm", "torchvision", or "encoder", ours alone.
-    Pre-trained: final norm, no classifier; fine-tuned: fc_norm and classifier. Raises ValueError.
+    Pre-trained: final norm, no classifier. Fine-tuned: a classifier, on the mean over positions and
+    fc_norm, or on a ViT's class token. Raises ValueError.
     """
     model, about = open_model(source, arch, img_size)
     encoder = model.encoder
@@ -238,8 +258,9 @@ def export(source, to, arch=None, img_size=None):
     table = []  # renames them, as in FORMATS
     unused = []  # parts of the other library's model that have no weights here
     if to == "encoder":
-        channels = "" if encoder.channels == 3 else f", channels={encoder.channels}"
-        call = f"model.build({about['arch']!r}, {about['size']}{channels}).encoder"
+        options = "" if encoder.channels == 3 else f", channels={encoder.channels}"
+        options += ", qv_bias=False" if about["run"].get("qv_bias") is False else ""
+        call = f"model.build({about['arch']!r}, {about['size']}{options}).encoder"
         unused = ["norm"] if "fc_norm.weight" in state else []
         state = encoder.state_dict()
     elif to == "timm" and kind is models.ViT:
@@ -251,6 +272,7 @@ def export(source, to, arch=None, img_size=None):
             embed_dim=dim, depth=len(encoder.blocks), num_heads=block.attn.heads,
             mlp_ratio=block.mlp.fc1.out_features / dim, num_classes=classes,
             init_values=None if block.gamma_1 is None else 0.1,
+            qkv_bias=block.attn.q_bias is not None,
             use_abs_pos_emb=encoder.pos_embed is not None,
             use_rel_pos_bias=block.attn.relative_position_bias_table is not None,
             global_pool="avg" if "fc_norm.weight" in state else "token")
@@ -261,10 +283,10 @@ def export(source, to, arch=None, img_size=None):
         call = (f"{to}.models.resnet.ResNet({to}.models.resnet.{block}, "
                 f"{[len(layer) for layer in encoder.layers]}, num_classes={classes or 1000})")
         unused = [] if classes else ["fc"]
-    elif to == "torchvision" and kind is models.TorchVision and encoder.channels == 3:
+    elif to == "torchvision" and isinstance(encoder, models.ConvNeXt) and encoder.channels == 3:
         make = models.PRESETS[about["arch"]]["make"].__name__
         call = f"torchvision.models.{make}(num_classes={classes or 1000})"
-        if encoder.last:  # Swin: theirs normalises before the mean over positions, ours after
+        if kind is models.Swin:  # theirs normalises before the mean over positions, ours after
             state = encoder.state_dict()
             unused = ["norm", "head"] if classes else ["head"]
         else:

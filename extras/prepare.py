@@ -2,10 +2,10 @@
 
   python extras/prepare.py path/to/imagenet imagenet.tar      then: train.py --data imagenet.tar
 
-The tar holds CLASS/NAME or train/CLASS/NAME and val/CLASS/NAME, as SRC does, in the same order:
-labels and held-out images stay the same. `tar xf` makes a plain folder of it. Images of up to
-64 × 64 pixels or of one channel are PNG, of other than 1 or 3 channels .npy, all others JPEG. Those
-that cannot be read are left out, and named. OUT appears when all of it is on the disk, not before.
+The tar holds what SRC holds, in the same order: labels and held-out images stay the same. `tar xf`
+makes a plain folder of it. Images of up to 64 × 64 pixels or of one channel are PNG, of other than
+1 or 3 channels .npy, all others JPEG. Those that cannot be read are left out, and named. OUT
+appears when all of it is on the disk, not before.
 """
 import io
 import os
@@ -26,60 +26,45 @@ import runtime
 
 
 class Shrunk(torch.utils.data.Dataset):
-    """Images as a tar holds them: (name, bytes as a tensor); (None, why) where one cannot be read.
+    """Images as a tar holds them: (name, bytes as a tensor); (None, why) where one cannot be read."""
 
-    source: with `split` "train" or "val", named by class and number; with "", by its own names.
-    """
-
-    def __init__(self, source, split, size, quality):
+    def __init__(self, source, size):
         self.source = source
-        self.split = split
         self.size = size
-        self.quality = quality
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
         try:
-            image, label = self.source[index]
+            image = self.source[index][0]
         except data.BadImage as error:
             return None, str(error)
-        if self.split:
-            folder = self.source.classes[label] if label >= 0 else ""
-            name = os.path.join(self.split, folder, f"{index:07}")
-        else:
-            name = os.path.splitext(os.fsdecode(self.source.paths[index]))[0]
         if 0 < self.size < min(image.shape[-2:]):
             image = data.TF.resize(image, [self.size], data.BICUBIC, antialias=True)
-
-        file = io.BytesIO()
         channels, height, width = image.shape
-        array = image.permute(1, 2, 0).numpy()          # (H, W, C)
+        file = io.BytesIO()
         if channels not in (1, 3):
-            np.save(file, array)
             extension = ".npy"
+            np.save(file, image.permute(1, 2, 0).numpy())
         # small images would suffer as JPEG, which has at most 65,535 pixels a side
         elif channels == 1 or height * width <= 64 * 64 or max(height, width) > 65500:
-            Image.fromarray(array.squeeze(2) if channels == 1 else array).save(file, "PNG")
             extension = ".png"
+            data.TF.to_pil_image(image).save(file, "PNG")
         else:
-            Image.fromarray(array).save(file, "JPEG", quality=self.quality)
             extension = ".jpg"
+            data.TF.to_pil_image(image).save(file, "JPEG", quality=92)
+        stem = os.path.splitext(os.fsdecode(self.source.paths[index]))[0]
         # a tensor travels in shared memory; bytes in a pipe would keep a process that lost its parent
-        return name + extension, torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        return stem + extension, torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
 
 
-def prepare(source, out, size=256, quality=92, workers=0):
-    """Write what `source`, a value of --data, holds as a tar `out`, short sides of at most `size`
+def prepare(source, out, size=256, workers=0):
+    """Write the images of a folder or tar `source` as a tar `out`, short sides of at most `size`
     pixels (0: as they are). Returns (how many images, lines on those left out)."""
-    if os.path.lexists(out) or out in data.SOURCES:
-        raise ValueError(f"{out} exists, or is a name that --data knows: choose another")
-    # files keep their names, whatever their split; other images get one
-    splits = ("train", "val") if source in data.SOURCES else ("",)
-    parts = [Shrunk(data.open_source(source, split or "all", size or 256), split, size, quality)
-             for split in splits]
-    images = torch.utils.data.ConcatDataset(parts)
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: choose another")
+    images = Shrunk(data.Folder(source, "all"), size)
     loader = torch.utils.data.DataLoader(images, batch_size=None, num_workers=workers,
                                          worker_init_fn=data.ignore_signals)
     names = set()
@@ -115,16 +100,12 @@ def prepare(source, out, size=256, quality=92, workers=0):
 
 def main(argv=None):
     parser = runtime.Parser("prepare.py", description=__doc__)
-    parser.add_argument("source", metavar="SRC", help="what --data takes")
+    parser.add_argument("source", metavar="SRC", help="a folder of images, or a tar")
     parser.add_argument("out", metavar="OUT", help="the tar, which must not exist")
     parser.add_argument("--size", type=int, default=256, help="short side, at most; 0: any (256)")
-    parser.add_argument("--quality", type=int, default=92, choices=range(1, 101), metavar="Q",
-                        help="of JPEG, 1 to 100 (92)")
     parser.add_argument("--workers", type=int, default=data.cores(), help="processes (the cores)")
     args = parser.parse_args(argv)
-    if args.size < 0 or args.workers < 0:
-        raise ValueError("--size and --workers are 0 or more")
-    count, left_out = prepare(args.source, args.out, args.size, args.quality, args.workers)
+    count, left_out = prepare(args.source, args.out, args.size, args.workers)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
     print(f"{args.out}: {count:,} images, {os.path.getsize(args.out) / 1e6:,.1f} MB. "
