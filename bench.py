@@ -205,8 +205,8 @@ def main(argv=None):
     option = parser.add_argument
     option("table", nargs="?", choices=tables, help="which table (all)")
     option("--data", nargs="+", help="loader: a folder of images, then tars of it (built-in ones)")
-    option("--arch", nargs="+", default=["vit_b", "resnet50"], choices=recipes.RECIPES,
-           metavar="ARCH", help="step: architectures (vit_b resnet50)")
+    option("--arch", nargs="+", default=["vit_b", "resnet50"], metavar="ARCH",
+           help="step: architectures, as of train.py (vit_b resnet50)")
     option("--compile", action="store_true", help="step: compiled, too")
     option("--batch", type=int, help="images (loader 100; loss 32; step 8, on a GPU the recipe's)")
     option("--runs", type=int, default=5, help="repetitions, of which medians are taken (5)")

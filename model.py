@@ -522,6 +522,98 @@ class Swin(ConvNeXt):
     eps = 1e-5
 
 
+# ---- timm's encoders
+
+class Timm(Encoder):
+    """A model of timm whose feature extractor is a sequence of modules.
+
+    name: as timm.create_model takes it. The sequence is cut after the modules whose channels and
+    strides timm lists (feature_info): `stem` is the first piece, `layers` are the others.
+    drop_path: timm's drop_path_rate. Raises ValueError.
+    `paths`: where timm's whole model has the modules. `missing`: what it has beside; `classifier`:
+    its head, None if that is more than a linear layer after the mean.
+    """
+
+    def __init__(self, img_size=224, *, channels=3, name, drop_path=0.0):
+        super().__init__()
+        options = dict(features_only=True, in_chans=channels)
+        if drop_path:
+            options["drop_path_rate"] = drop_path
+        self.net, self.size_option = timm_model(name, img_size, **options)
+        if type(self.net).__name__ != "FeatureListNet":
+            raise ValueError(f"timm's {name} is no sequence of modules; convnextv2_atto, regnety_004 "
+                             "and swin_tiny_patch4_window7_224 are")
+        info = self.net.feature_info
+        self.name = name
+        self.channels = channels
+        self.img_size = img_size
+        self.widths = info.channels()
+        self.strides = info.reduction()
+        self.last = self.net.output_fmt.value == "NHWC"         # whether channels come last in it
+
+        with torch.device("meta"):
+            whole, _ = timm_model(name, img_size)
+        path_of = {path.replace(".", "_"): path for path, _ in whole.named_modules()}
+        self.paths = {flat: path_of[flat] for flat in self.net}
+        there = tuple(path + "." for path in self.paths.values())
+        self.missing = [name for name in whole.state_dict() if not name.startswith(there)]
+        classifier = whole.pretrained_cfg["classifier"]
+        is_linear = self.missing == [f"{classifier}.weight", f"{classifier}.bias"]
+        self.classifier = classifier if is_linear else None
+        self.pieces = [[]]
+        for flat, path in self.paths.items():
+            self.pieces[-1].append(flat)
+            if path in info.module_name()[:-1]:
+                self.pieces.append([])
+
+    @property
+    def blocks(self):
+        return [nn.ModuleList(self.net[flat] for flat in piece) for piece in self.pieces[1:]]
+
+    @property
+    def layers(self):
+        return [functools.partial(self.layer, piece) for piece in self.pieces[1:]]
+
+    def stem(self, image):                                      # (B, 3, H, W) -> (B, C, h, w)
+        for flat in self.pieces[0]:
+            image = self.net[flat](image)
+        return image.movedim(-1, 1) if self.last else image
+
+    def layer(self, piece, z):                                  # (B, C, h, w) -> the like
+        if self.last:
+            z = z.movedim(1, -1)
+        for flat in piece:
+            z = self.net[flat](z)
+        return z.movedim(-1, 1) if self.last else z
+
+
+def timm_model(name, img_size, **options):
+    """(timm.create_model(name, …), the option that tells it the size of images). Raises ValueError."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"timm/{name} needs timm: pip install timm") from None
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}: see timm.list_models()")
+    size = dict(img_size=img_size)
+    try:
+        return timm.create_model(name, **size, **options), size
+    except TypeError:                                           # CNNs take any size
+        return timm.create_model(name, **options), {}
+
+
+@functools.cache
+def timm_preset(name):
+    """A row like those of PRESETS: ResNet-50's, or ConvNeXt's where nothing is a batch norm. The
+    token enters before the last piece. Raises ValueError."""
+    with torch.device("meta"):
+        encoder = Timm(name=name)
+    kinds = " ".join(type(module).__name__ for module in encoder.modules())
+    like = "resnet50" if "BatchNorm" in kinds else "convnext_t"
+    layer = len(encoder.layers) - 1
+    return dict(encoder=Timm, name=name, mask_layer=layer, gamma=1e-6, like=like)
+
+
 # ---- presets
 
 RESNET = dict(encoder=ResNet, mask_layer=3, gamma=1e-6)
@@ -551,21 +643,28 @@ PRESETS = {
 }
 
 
+def preset(arch):
+    """The row of PRESETS; of timm/NAME one for any model of timm. Raises ValueError."""
+    if str(arch).startswith("timm/"):
+        return timm_preset(arch.removeprefix("timm/"))
+    if arch not in PRESETS:
+        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(PRESETS)}, timm/NAME")
+    return PRESETS[arch]
+
+
 def like(arch):
     """The preset whose recipes and protocols an architecture uses: its own, unless it says so."""
-    return PRESETS[arch].get("like", arch)
+    return preset(arch).get("like", arch)
 
 
 def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **overrides):
     """The one way to make a model: A2MIM around the encoder of a preset.
 
-    arch: a row of PRESETS. img_size: side of the square images, in pixels. mask_layer, token, fill:
+    arch: a row of PRESETS, or timm/NAME. img_size: side of the square images, in pixels. mask_layer, token, fill:
     of A2MIM; None = as in the preset, or A2MIM's default. overrides: keywords of the encoder's
     class, such as channels (of images). Raises ValueError for whatever does not fit.
     """
-    if arch not in PRESETS:
-        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(PRESETS)}")
-    options = PRESETS[arch] | overrides
+    options = preset(arch) | overrides
     options.pop("like", None)
     make_encoder = options.pop("encoder")
     method = {key: options.pop(key) for key in ("mask_layer", "gamma", "token_std")

@@ -31,7 +31,14 @@ NANO = COSINE | dict(  # ours; mask_size None: 4 blocks a side
     epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3),
     warmup_epochs=1, mask_size=None)
 
-RECIPES = {
+class Recipes(dict):
+    """Rows by architecture; timm/NAME has the row of the preset that it is like."""
+
+    def __missing__(self, arch):
+        return self[models.like(arch)]
+
+
+RECIPES = Recipes({
     "vit_s": VIT,
     "vit_b": VIT | dict(micro_batch=128),
     "vit_l": VIT | dict(micro_batch=128),
@@ -48,7 +55,7 @@ RECIPES = {
     "convnext_t": CONVNEXT,
     "convnext_s": CONVNEXT,
     "convnext_b": CONVNEXT,
-}
+})
 RECIPES |= {arch: RECIPES[models.like(arch)] for arch in models.PRESETS}
 IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT}  # published: deit_s and resnet50
 for arch in ("resnet18", "resnet34", "resnet50"):
@@ -91,7 +98,8 @@ def name_or_none(text):
 
 
 OPTIONS = {  # the configuration: what --print-config shows
-    "arch": Option(str, "architecture, and with it the recipe", choices=tuple(RECIPES)),
+    "arch": Option(str, "architecture, and with it the recipe: timm/NAME, if timm is installed, or "
+                   + ", ".join(RECIPES)),
     "method": Option(str, "published method, or baseline", choices=tuple(METHODS)),
     "data": Option(str, "a folder of images, of class folders, or of train/ and val/ with those; a "
                    ".tar of one; a folder of .tar shards; or " + ", ".join(data.SOURCES)),
@@ -219,6 +227,7 @@ def start_from(args, given):
         raise ValueError(f"{args.init} does not say which architecture it holds: "
                          f"give --arch, one of {', '.join(RECIPES)}")
     arch = given.get("arch") or known.get("arch", "vit_nano")
+    models.preset(arch)  # is there one?
     if known.get("arch", arch) != arch:
         raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
     return checkpoint, known, arch
@@ -241,13 +250,13 @@ def pretraining(argv, doc):
     checkpoint, known, arch = start_from(args, given)
     method = given.get("method", "a2mim")
     table = RECIPES if args.recipe == "imagenet" else IMAGENET100
-    if arch not in table:
+    if table is IMAGENET100 and arch not in table:
         raise ValueError(f"ImageNet-100 has no recipe of {arch}: choose from {', '.join(table)}")
 
     # the recipe of the architecture, then the method's changes, then the user's
     recipe = table[arch]
     cfg = Config(recipe, arch=arch, method=method, data="shapes")
-    cfg |= dict(mask_layer=models.PRESETS[arch].get("mask_layer", 0)) | colours(given, known)
+    cfg |= dict(mask_layer=models.preset(arch).get("mask_layer", 0)) | colours(given, known)
     cfg |= METHODS[method] | given
     cfg.shapes_count = shapes_count(cfg)
     if "lr" not in given:

@@ -2186,7 +2186,10 @@ def test_knn_by_hand():
 # ---- what a user can get wrong: one line, exit code 2, nothing on the disk changed
 
 BAD = {  # command line: words of the one line
-    "train.py --arch vit_x": "invalid choice: 'vit_x' (choose from",
+    "train.py --arch vit_x": "unknown arch 'vit_x': choose from",
+    "train.py --arch timm/nosuch": "timm has no model 'nosuch'",
+    "train.py --arch timm/efficientnet_b0": "is no sequence of modules",
+    "finetune.py --arch timm/regnety_002 --img-size 50": "img_size 50 is not a multiple of",
     "train.py --unknown 3": "unrecognized arguments",
     "train.py --crop-scale 0.9 0.5": "the smaller share first",
     "train.py --mask-ratio nan": "--mask-ratio nan: give a number in",

@@ -70,7 +70,7 @@ def rename(name, table):
     return name
 
 
-def unpack(checkpoint, where):
+def unpack(checkpoint, where, arch=""):
     """(format, [(name in the file, our name, tensor)]) of what a file holds. Raises ValueError."""
     state = checkpoint
     for key in ("ema", "model", "state_dict"):  # of a run with an average: the average
@@ -80,6 +80,12 @@ def unpack(checkpoint, where):
         raise ValueError(f"{where} holds no state_dict: no tensors by name, nor under 'model'")
     # DDP and torch.compile put their own in front of a name
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): value for k, value in state.items()}
+    if arch.startswith("timm/") and not any(name.startswith("encoder.net.") for name in state):
+        with torch.device("meta"):
+            encoder = models.build(arch).encoder
+        table = [(rf"^{path}\.", f"encoder.net.{flat}.") for flat, path in encoder.paths.items()]
+        table.append((rf"^{encoder.classifier}\.", "head."))
+        return "timm", [(name, rename(name, table), value) for name, value in state.items()]
     kinds = [kind for kind, (beginning, _) in FORMATS.items()
              if any(re.match(beginning, name) for name in state)]
     if not kinds:
@@ -140,7 +146,8 @@ def load(model, source, where="the dictionary", head=True, resize_bias=True):
     if isinstance(source, (str, os.PathLike)):
         where = source
         source = runtime.read(source)
-    kind, items = unpack(source, where)
+    is_timm = isinstance(model.encoder, models.Timm)
+    kind, items = unpack(source, where, f"timm/{model.encoder.name}" if is_timm else "")
     own = model.state_dict()
     names = [new for _, new, _ in items]
     fc_norm = "fc_norm.weight" in own
@@ -195,24 +202,26 @@ def describe(report):
 def run_of(checkpoint):
     """The configuration of the run that wrote a checkpoint of ours; {} for another project's."""
     config = checkpoint.get("config", checkpoint.get("identity"))  # its name in the first version
-    return config if isinstance(config, dict) and config.get("arch") in models.PRESETS else {}
+    arch = config.get("arch") if isinstance(config, dict) else None
+    return config if arch in models.PRESETS or str(arch).startswith("timm/") else {}
 
 
 def open_model(path, arch=None, img_size=None):
     """The model in a file: a Predictor if there is a classifier that fits it, else an A2MIM.
 
-    arch: a row of model.PRESETS, needed for another project's file. img_size: None = as the file
+    arch: a row of model.PRESETS or timm/NAME, needed for another project's file. img_size: None = as the file
     says, else 224. Returns (model, about): arch, size, run (our configuration), classes (names, if
     known), channels, mean and std of images, and the report of `load`. Raises ValueError.
     """
     checkpoint = runtime.read(path)
-    kind, items = unpack(checkpoint, path)
-    state = {new: value for _, new, value in items}
     run = run_of(checkpoint)
     if not arch and not run:
+        unpack(checkpoint, path)  # is it a checkpoint at all?
         raise ValueError(f"{path} does not say which architecture it holds: "
-                         f"name it, one of {', '.join(models.PRESETS)}")
+                         f"name it, one of {', '.join(models.PRESETS)}, timm/NAME")
     arch = arch or run["arch"]
+    kind, items = unpack(checkpoint, path, arch)
+    state = {new: value for _, new, value in items}
     size = img_size or run.get("test_crop") or run.get("img_size")
     if not size and "encoder.pos_embed" in state:
         patches = math.isqrt(state["encoder.pos_embed"].shape[1] - 1)
@@ -243,7 +252,8 @@ def open_model(path, arch=None, img_size=None):
 # ---- out
 
 def export(source, to, arch=None, img_size=None):
-    """The model in a file for another library: (state_dict, Python that builds what loads it).
+    """The model in a file for another library: (state_dict, Python that builds what loads it, names
+    that are there and not in the state_dict).
 
     source, arch, img_size: as for open_model. to: "timm", "torchvision", or "encoder", ours alone.
     Pre-trained: final norm, no classifier. Fine-tuned: a classifier, on the mean over positions and
@@ -257,12 +267,22 @@ def export(source, to, arch=None, img_size=None):
              if name.startswith(("encoder.", "fc_norm.", "head."))}
     table = []  # renames them, as in FORMATS
     unused = []  # parts of the other library's model that have no weights here
+    missing = []  # names of such weights, where the part stays
     if to == "encoder":
         options = "" if encoder.channels == 3 else f", channels={encoder.channels}"
         options += ", qv_bias=False" if about["run"].get("qv_bias") is False else ""
         call = f"model.build({about['arch']!r}, {about['size']}{options}).encoder"
         unused = ["norm"] if "fc_norm.weight" in state else []
         state = encoder.state_dict()
+    elif to == "timm" and kind is models.Timm:
+        options = dict(num_classes=classes or 1000, in_chans=encoder.channels, **encoder.size_option)
+        listed = ", ".join(f"{key}={value}" for key, value in options.items())
+        call = f"timm.create_model({encoder.name!r}, {listed})"
+        table = [(rf"^net\.{flat}\.", path + ".") for flat, path in encoder.paths.items()]
+        table.append((r"^head\.", f"{encoder.classifier}."))
+        if not classes or not encoder.classifier:
+            state = encoder.state_dict()
+            missing = encoder.missing
     elif to == "timm" and kind is models.ViT:
         table = [(r"^patch_embed\.", "patch_embed.proj.")]
         block = encoder.blocks[0]
@@ -295,7 +315,8 @@ def export(source, to, arch=None, img_size=None):
     else:
         raise ValueError(f"{to} has no counterpart of this {about['arch']}: try --to encoder")
     state = {rename(name, table): value for name, value in state.items()}
-    return state, "; ".join([call, *(f"model.{part} = torch.nn.Identity()" for part in unused)])
+    call = "; ".join([call, *(f"model.{part} = torch.nn.Identity()" for part in unused)])
+    return state, call, missing
 
 
 def main(argv=None):
@@ -305,19 +326,22 @@ def main(argv=None):
     option("checkpoint", metavar="CKPT", help="ours, or of " + ", ".join(FORMATS))
     option("--to", choices=("timm", "torchvision", "encoder"), required=True, help="whose names")
     option("out", metavar="OUT", help="the file to write; must not exist")
-    option("--arch", choices=models.PRESETS, help="of another project's checkpoint")
+    option("--arch", help="of another project's checkpoint: a preset, or timm/NAME")
     option("--img-size", type=int, metavar="N", help="default: as the file says, else 224")
     args = parser.parse_args(argv)
     if os.path.exists(args.out) or not os.path.basename(args.out):
         raise ValueError(f"{args.out!r} exists, or is no name of a file: choose another")
-    state, call = export(args.checkpoint, args.to, args.arch, args.img_size)
+    state, call, missing = export(args.checkpoint, args.to, args.arch, args.img_size)
     with open(args.out + ".tmp", "wb") as file:
         torch.save(state, file)
     os.replace(args.out + ".tmp", args.out)
     library = "model" if args.to == "encoder" else args.to
+    strict = ", strict=False" if missing else ""
+    if missing:
+        print(f"Not in it, since the head differs: {', '.join(missing)}")
     print(f"{args.out}: {len(state)} tensors. To load them:\n"
           f"  import torch, {library}\n  model = {call}\n"
-          f"  model.load_state_dict(torch.load({args.out!r}, weights_only=True))")
+          f"  model.load_state_dict(torch.load({args.out!r}, weights_only=True){strict})")
 
 
 if __name__ == "__main__":
