@@ -373,6 +373,7 @@ def test_convnext(arch, width):
     assert encoder.strides == [4, 8, 16, 32, 32] and model.mask_layer == 3
     assert torch.equal(model.mask_token.token, torch.zeros(8 * width))
     assert torch.equal(model.mask_token.gamma, torch.full((8 * width,), 1e-6))
+    assert encoder.features[2][1].weight.std().item() == pytest.approx(0.02, rel=0.05)
     drops = [m.p for m in encoder.modules() if isinstance(m, models.StochasticDepth)]
     assert drops == pytest.approx(np.linspace(0, 0.4, len(drops)))
     image = torch.randn(2, 3, 64, 64)
