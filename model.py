@@ -531,7 +531,8 @@ class Timm(Encoder):
     strides timm lists (feature_info): `stem` is the first piece, `layers` are the others.
     drop_path: timm's drop_path_rate. Raises ValueError.
     `paths`: where timm's whole model has the modules. `missing`: what it has beside; `classifier`:
-    its head, None if that is more than a linear layer after the mean.
+    its head, None if that is more than a linear layer after the mean; `head_shape`: of a class's
+    weights there.
     """
 
     def __init__(self, img_size=224, *, channels=3, name, drop_path=0.0):
@@ -539,7 +540,10 @@ class Timm(Encoder):
         options = dict(features_only=True, in_chans=channels)
         if drop_path:
             options["drop_path_rate"] = drop_path
-        self.net, self.size_option = timm_model(name, img_size, **options)
+        try:
+            self.net, self.size_option = timm_model(name, img_size, **options)
+        except TypeError:
+            raise ValueError(f"timm's {name} has no drop path: set it to 0") from None
         if type(self.net).__name__ != "FeatureListNet":
             raise ValueError(f"timm's {name} is no sequence of modules; convnextv2_atto, regnety_004 "
                              "and swin_tiny_patch4_window7_224 are")
@@ -556,15 +560,33 @@ class Timm(Encoder):
         path_of = {path.replace(".", "_"): path for path, _ in whole.named_modules()}
         self.paths = {flat: path_of[flat] for flat in self.net}
         there = tuple(path + "." for path in self.paths.values())
-        self.missing = [name for name in whole.state_dict() if not name.startswith(there)]
+        self.missing = [name for name in whole.state_dict() if not name.startswith(there)
+                        and not name.endswith("num_batches_tracked")]       # PyTorch adds it
         classifier = whole.pretrained_cfg["classifier"]
         is_linear = self.missing == [f"{classifier}.weight", f"{classifier}.bias"]
-        self.classifier = classifier if is_linear else None
+        self.classifier = None
+        if is_linear and not hasattr(whole, "final_act"):       # of NFNets, before the mean
+            self.classifier = classifier
+            self.head_shape = whole.get_parameter(f"{classifier}.weight").shape[1:]
         self.pieces = [[]]
         for flat, path in self.paths.items():
             self.pieces[-1].append(flat)
             if path in info.module_name()[:-1]:
                 self.pieces.append([])
+
+    def check(self):
+        """Raises ValueError for a size of images that the model does not take, or not evenly."""
+        z = torch.zeros(1, self.channels, self.img_size, self.img_size)
+        side = self.img_size // self.stride
+        try:
+            with torch.no_grad():
+                fits = self.eval()(z).shape[-2:] == (side, side)
+        except (AssertionError, RuntimeError):
+            fits = False
+        self.train()
+        if not fits:
+            raise ValueError(f"timm's {self.name} makes no map of {side}×{side} of images of "
+                             f"{self.img_size} px: try another size, or model")
 
     @property
     def blocks(self):
@@ -660,9 +682,10 @@ def like(arch):
 def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **overrides):
     """The one way to make a model: A2MIM around the encoder of a preset.
 
-    arch: a row of PRESETS, or timm/NAME. img_size: side of the square images, in pixels. mask_layer, token, fill:
-    of A2MIM; None = as in the preset, or A2MIM's default. overrides: keywords of the encoder's
-    class, such as channels (of images). Raises ValueError for whatever does not fit.
+    arch: a row of PRESETS, or timm/NAME. img_size: side of the square images, in pixels.
+    mask_layer, token, fill: of A2MIM; None = as in the preset, or A2MIM's default. overrides:
+    keywords of the encoder's class, such as channels (of images). Raises ValueError for whatever
+    does not fit.
     """
     options = preset(arch) | overrides
     options.pop("like", None)
@@ -686,4 +709,6 @@ def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **overr
     if img_size % encoder.stride:
         raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride "
                          f"{encoder.stride}")
+    if make_encoder is Timm:
+        encoder.check()
     return A2MIM(encoder, **method)

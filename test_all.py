@@ -1204,6 +1204,122 @@ def test_export_knows_channels_and_biases(exported):
     assert relative(theirs, model.encoder(image).flatten(2).mT) < 1e-5
 
 
+# ---- timm's models
+
+TIMM = """resnet18d seresnet18 regnety_002 densenet121 dla46_c hgnetv2_b0 starnet_s050 ghostnet_050
+mobilevit_xxs repvit_m0_9 efficientvit_b0 inception_next_atto convnextv2_atto edgenext_xx_small
+poolformer_s12 pvt_v2_b0 mambaout_femto swin_tiny_patch4_window7_224 test_nfnet
+cs3darknet_s""".split()
+# those whose head is more than a linear layer after the mean
+OWN_HEADS = """hgnetv2_b0 starnet_s050 ghostnet_050 repvit_m0_9 efficientvit_b0 inception_next_atto
+convnextv2_atto edgenext_xx_small poolformer_s12 mambaout_femto swin_tiny_patch4_window7_224
+test_nfnet""".split()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TIMM)
+def test_models_of_timm(name, tmp_path):
+    """Stem and layers as promised; what is hidden stays hidden; to timm, and back."""
+    timm = pytest.importorskip("timm")
+    model = random_weights(models.build(f"timm/{name}", 64, token="none", fill="zero"))
+    encoder = model.encoder
+    assert model.mask_layer == len(encoder.layers) - 1
+    z = encoder.stem(IMAGE)
+    for layer, width, stride in zip([*encoder.layers, None], encoder.widths, encoder.strides,
+                                    strict=True):
+        assert z.shape == (2, width, 64 // stride, 64 // stride)
+        z = layer(z) if layer else z
+    hidden = repeat(MASK, 32)[:, None] * torch.randn(IMAGE.shape, generator=data.generator(3))
+    assert MASK.any() and torch.equal(model(IMAGE, MASK), model(IMAGE + hidden, MASK))
+
+    # to timm: the same last map, bit for bit, and logits where its head is ours
+    predictor = random_weights(models.Predictor(encoder, 5))
+    z = encoder(IMAGE)
+    torch.save(dict(model=predictor.state_dict(), config=dict(arch=f"timm/{name}", img_size=64)),
+               tmp_path / "tuned.pt")
+    state, call, missing = weights.export(tmp_path / "tuned.pt", "timm")
+    whole = eval(call, dict(timm=timm)).eval()
+    keys = whole.load_state_dict(state, strict=False)
+    assert keys.missing_keys == missing and not keys.unexpected_keys
+    assert bool(missing) == (name in OWN_HEADS)
+    maps = []
+    last = whole.get_submodule(list(encoder.paths.values())[-1])
+    last.register_forward_hook(lambda module, inputs, output: maps.append(output.clone()))
+    logits = whole(IMAGE)
+    assert torch.equal(maps[0].movedim(-1, 1) if encoder.last else maps[0], z)
+    assert missing or relative(predictor(IMAGE), logits) < 1e-5
+
+    # and back
+    theirs = whole.state_dict()
+    for ours in (model, predictor):
+        random_weights(ours, 1)
+        assert not torch.equal(encoder(IMAGE), z)
+        report = weights.load(ours, theirs)
+        assert report["format"] == "timm" and torch.equal(encoder(IMAGE), z)
+    assert set(report["unused"]) == {key for key in theirs if missing and not any(
+        key.startswith(path + ".") for path in encoder.paths.values())}
+    assert missing or relative(predictor(IMAGE), logits) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "edgenext_xx_small", "mambaout_femto"])
+def test_runs_with_models_of_timm(name, noise, tmp_path, capsys):
+    """Pre-training, stopped and not; fine-tuning; analyses; export, as the command says."""
+    pytest.importorskip("timm")
+    options = ["--arch", f"timm/{name}", "--img-size", 64, "--drop-path", 0.2, "--data", noise]
+    pretrain(tmp_path / "straight", *options)
+    for steps in (2, 3):
+        pretrain(tmp_path / "parts", *options, "--steps", steps)
+    assert_same_end(tmp_path / "straight", tmp_path / "parts")
+    start = tmp_path / "parts" / "last.pt"
+
+    # layer decay: stem, stages, head
+    tune(tmp_path / "tuned", *options, "--init", start, "--epochs", 1, "--batch-size", 16,
+         "--lr", 1, "--layer-decay", 0.5, "--warmup-epochs", 0, "--test-crop", 64)
+    groups = checkpoint_of(tmp_path / "tuned")["optimizer"]["param_groups"]
+    layers = len(models.build(f"timm/{name}", 64).encoder.layers)
+    assert {group["peak_lr"] for group in groups} == {0.5 ** i for i in range(layers + 2)}
+
+    analysed(tmp_path / "analysis", str(start), "--only", "reconstruct,cka,fourier", "--images",
+             "8", "--workers", "0")
+    matrix = next(iter(numbers(tmp_path / "analysis", "cka")["more"].values()))
+    assert len(matrix) == layers + 1
+
+    capsys.readouterr()
+    out = str(tmp_path / "timm.pth")
+    weights.main(["export", str(tmp_path / "tuned" / "best.pt"), "--to", "timm", out])
+    said = capsys.readouterr().out
+    assert ("Not in it" in said) == ("strict=False" in said) == (name in OWN_HEADS)
+    names = {}
+    exec("\n".join(line.strip() for line in said.split("To load them:\n")[1].splitlines()), names)
+    assert names["model"](IMAGE).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name,options,says", [
+    ("nosuch", {}, "timm has no model 'nosuch'"),
+    ("vit_tiny_patch16_224", {}, "no sequence of modules; convnextv2_atto, regnety_004 and swin"),
+    ("regnety_002", dict(img_size=80), "img_size 80 is not a multiple of the encoder's stride 32"),
+    ("halonet26t", dict(img_size=96), "makes no map of 3×3 of images of 96 px: try another size"),
+    ("densenet121", dict(drop_path=0.1), "timm's densenet121 has no drop path: set it to 0"),
+    ("regnety_002", dict(mask_layer=4), "mask_layer must lie in 0..3"),
+    ("resnet10t", None, "timm/resnet10t needs timm: pip install timm"),
+])
+def test_models_that_timm_has_not(name, options, says, monkeypatch):
+    if options is None:
+        monkeypatch.setitem(sys.modules, "timm", None)
+    else:
+        pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="^[^\n]*" + re.escape(says)):
+        models.build(f"timm/{name}", **options or {})
+
+
+@torch.no_grad()
+def test_drop_path_of_timm():
+    pytest.importorskip("timm")
+    encoder = models.build("timm/edgenext_xx_small", 64, drop_path=0.5).encoder.train()
+    assert not torch.equal(encoder(IMAGE), encoder(IMAGE))
+    assert torch.equal(encoder.eval()(IMAGE), encoder(IMAGE))
+
+
 # ---- analyze.py: the formulas
 
 def mean_interaction(v, S, pair):

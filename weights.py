@@ -82,9 +82,12 @@ def unpack(checkpoint, where, arch=""):
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): value for k, value in state.items()}
     if arch.startswith("timm/") and not any(name.startswith("encoder.net.") for name in state):
         with torch.device("meta"):
-            encoder = models.build(arch).encoder
+            encoder = models.Timm(name=arch.removeprefix("timm/"))
         table = [(rf"^{path}\.", f"encoder.net.{flat}.") for flat, path in encoder.paths.items()]
-        table.append((rf"^{encoder.classifier}\.", "head."))
+        if encoder.classifier:
+            table.append((rf"^{encoder.classifier}\.", "head."))
+        else:  # learned on more than the mean: no head of ours
+            table.append((r"^head\.", "timm.head."))
         return "timm", [(name, rename(name, table), value) for name, value in state.items()]
     kinds = [kind for kind, (beginning, _) in FORMATS.items()
              if any(re.match(beginning, name) for name in state)]
@@ -209,9 +212,9 @@ def run_of(checkpoint):
 def open_model(path, arch=None, img_size=None):
     """The model in a file: a Predictor if there is a classifier that fits it, else an A2MIM.
 
-    arch: a row of model.PRESETS or timm/NAME, needed for another project's file. img_size: None = as the file
-    says, else 224. Returns (model, about): arch, size, run (our configuration), classes (names, if
-    known), channels, mean and std of images, and the report of `load`. Raises ValueError.
+    arch: a row of model.PRESETS or timm/NAME, needed for another project's file. img_size: None =
+    as the file says, else 224. Returns (model, about): arch, size, run (our configuration), classes
+    (names, if known), channels, mean and std of images, and the report of `load`. Raises ValueError.
     """
     checkpoint = runtime.read(path)
     run = run_of(checkpoint)
@@ -283,6 +286,8 @@ def export(source, to, arch=None, img_size=None):
         if not classes or not encoder.classifier:
             state = encoder.state_dict()
             missing = encoder.missing
+        else:  # a linear layer, or a convolution of 1×1
+            state["head.weight"] = state["head.weight"].reshape(classes, *encoder.head_shape)
     elif to == "timm" and kind is models.ViT:
         table = [(r"^patch_embed\.", "patch_embed.proj.")]
         block = encoder.blocks[0]
