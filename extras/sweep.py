@@ -57,6 +57,7 @@ MIM = ["simmim", "a2mim"]
 STAGES = [  # (table, arms, parts, seeds): a stage begins when the one before it is done
     ("world", FOUR[1:], "pretrain", [0]),
     ("world", FOUR, "mask-256 pose-256", [0, 2, 4]),
+    ("half", FOUR[1:], "mask-256", [0]),                # what half precision costs
     ("world", FOUR[1:], "pretrain", [1]),
     ("world", FOUR, "mask-256 pose-256", [1, 3, 5]),
     ("world", FOUR[1:], "cka attention", [0, 1]),
@@ -108,13 +109,24 @@ def start(run):
         return None
     if arm == "preset":
         return f"world/{arch}/a2mim/pretrain/seed0"
+    table = "world" if table == "half" else table
     return f"{table}/{arch}/{arm}/pretrain/seed{int(seed[-1]) % 2 if table == 'world' else 0}"
+
+
+def checkpoint(run, args):
+    """The file that a run begins with: if --out has none, one of those in checkpoints/."""
+    before = start(run)
+    path = Path(args.out, before or "", "last.pt")
+    first = re.fullmatch("world/(.*)/(.*)/pretrain/seed0", before or "")
+    if first and (run.startswith("half/") or not path.exists()):
+        path = Path(os.path.relpath(ROOT), "checkpoints/{}-{}.pt".format(*first.groups()))
+    return str(path)
 
 
 def command(run, args):
     """[program, option, ...] of a run."""
     table, arch, arm, part, seed = run.split("/")
-    init = f"{args.out}/{start(run)}/last.pt"
+    init = checkpoint(run, args)
     options = ["--workers", "0", "--out", f"{args.out}/{run}"]
     if part in ANALYSES:
         words = f"--only {part} {ANALYSES[part][1]}".split()
