@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def code_hash():
-    """SHA-256 of the code that the notebooks show and run: the *.py files beside them and above them."""
+    """SHA-256 of the code that the notebooks show and run: checks.py, and the *.py files above."""
     digest = hashlib.sha256()
     files = [*HERE.parent.glob("*.py"), HERE / "checks.py"]
     for path in sorted(path for path in files if path.name != "test_all.py"):
@@ -24,13 +24,13 @@ def code_hash():
 
 
 def build(script):
-    """Execute one script from a fresh kernel, in its own folder. Raises nbclient's CellExecutionError."""
+    """Execute a script from a fresh kernel, in its folder. Raises nbclient's CellExecutionError."""
     began = time.time()
     notebook = jupytext.read(script)
     NotebookClient(notebook, timeout=1800, kernel_name="python3",
                    resources={"metadata": {"path": str(HERE)}}).execute()
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)            # times of day, which git would show as changes
+        cell.metadata.pop("execution", None)    # times of day, which git would show as changes
     notebook.metadata["nanoa2mim"] = dict(code=code_hash())
     path = script.with_suffix(".ipynb")
     jupytext.write(notebook, path)
