@@ -160,9 +160,9 @@ def main(argv=None):
     if cfg.qv_bias is False:
         options["qv_bias"] = False
     encoder = models.build(cfg.arch, cfg.img_size, channels=cfg.channels, **options).encoder
-    if isinstance(encoder, models.ViT) and cfg.test_crop != cfg.img_size:
-        raise ValueError(f"a ViT is tested at its own size: --test-crop {cfg.test_crop} differs from "
-                         f"--img-size {cfg.img_size}")
+    if encoder.fixed_size and cfg.test_crop != cfg.img_size:
+        raise ValueError(f"{cfg.arch} is tested at its own size: --test-crop {cfg.test_crop} differs "
+                         f"from --img-size {cfg.img_size}")
     outputs = task.outputs or len(classes)
     model = models.Predictor(encoder, outputs, task.pool or cfg.pool, cfg.head_std or 0.01)
     started_from = "random weights"
@@ -250,7 +250,7 @@ def main(argv=None):
     batches = data.Batches(len(source), cfg.batch_size, micro_batch, start, stop, args.seed, rank,
                            world, cfg.repeated_augmentation or 1)
     loader = iter(data.loader(TrainViews(source, cfg, args.seed), batches, workers))
-    replica = torch.compile(model) if args.compile else model
+    replica = torch.compile(model, dynamic=False) if args.compile else model
     if world > 1:
         replica = DDP(replica, device_ids=[device.index] if device.type == "cuda" else None)
     if master_process:

@@ -194,7 +194,10 @@ def finetuning(argv, doc):
     if "lr" not in given and row["lr"]:
         cfg.lr = row["lr"] * cfg.batch_size / row["batch_size"]
     if "test_crop" not in given:
-        cfg.test_crop = round(row["test_crop"] * cfg.img_size / row["img_size"])
+        cfg.test_crop = cfg.img_size
+        if row["test_crop"] != row["img_size"]:         # of CNNs, whose strides go up to 32
+            ratio = row["test_crop"] / row["img_size"]
+            cfg.test_crop = 32 * round(cfg.img_size * ratio / 32)
     if "test_resize" not in given:
         resize = round(row["test_resize"] * cfg.test_crop / row["test_crop"])
         cfg.test_resize = max(cfg.test_crop, resize)

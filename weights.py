@@ -80,14 +80,13 @@ def unpack(checkpoint, where, arch=""):
         raise ValueError(f"{where} holds no state_dict: no tensors by name, nor under 'model'")
     # DDP and torch.compile put their own in front of a name
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): value for k, value in state.items()}
-    if arch.startswith("timm/") and not any(name.startswith("encoder.net.") for name in state):
+    if arch.startswith("timm/") and not any(name.startswith("encoder.stem.") for name in state):
         with torch.device("meta"):
             encoder = models.Timm(name=arch.removeprefix("timm/"))
-        table = [(rf"^{path}\.", f"encoder.net.{flat}.") for flat, path in encoder.paths.items()]
-        if encoder.classifier:
-            table.append((rf"^{encoder.classifier}\.", "head."))
-        else:  # learned on more than the mean: no head of ours
-            table.append((r"^head\.", "timm.head."))
+        table = [(rf"^{path}\.", f"encoder.{ours}.") for ours, path in encoder.paths.items()]
+        # what learned on more than the mean is no head of ours
+        head = "timm.head." if encoder.head_shape is None else "head."
+        table.append((rf"^{encoder.classifier}\.", head))
         return "timm", [(name, rename(name, table), value) for name, value in state.items()]
     kinds = [kind for kind, (beginning, _) in FORMATS.items()
              if any(re.match(beginning, name) for name in state)]
@@ -281,9 +280,9 @@ def export(source, to, arch=None, img_size=None):
         options = dict(num_classes=classes or 1000, in_chans=encoder.channels, **encoder.size_option)
         listed = ", ".join(f"{key}={value}" for key, value in options.items())
         call = f"timm.create_model({encoder.name!r}, {listed})"
-        table = [(rf"^net\.{flat}\.", path + ".") for flat, path in encoder.paths.items()]
+        table = [(rf"^{ours}\.", path + ".") for ours, path in encoder.paths.items()]
         table.append((r"^head\.", f"{encoder.classifier}."))
-        if not classes or not encoder.classifier:
+        if not classes or encoder.head_shape is None:
             state = encoder.state_dict()
             missing = encoder.missing
         else:  # a linear layer, or a convolution of 1×1

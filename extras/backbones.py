@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import bench
 import data
 import losses
+import masking
 import model as models
 import optim
 import recipes
@@ -28,13 +29,12 @@ import weights
 
 MODELS = """resnet18d resnetv2_18d seresnet50 res2net50_26w_4s resnest14d regnety_002 regnety_004
     nf_resnet50 densenet121 vgg11_bn dla46_c darknet17 ese_vovnet19b_dw hgnetv2_b0 rexnet_100
-    repvgg_a0 repvit_m0_9 repghostnet_050 starnet_s1 fasternet_t0 convnextv2_atto rdnet_tiny
-    inception_next_atto mambaout_femto poolformer_s12 caformer_s18 focalnet_tiny_srf fastvit_t8
-    edgenext_xx_small mobilevit_xxs efficientformerv2_s0 swiftformer_xs pvt_v2_b0 tiny_vit_5m_224
-    nest_tiny davit_tiny swin_tiny_patch4_window7_224""".split()
-TITLE = """| timm/ | M parameters | widths | strides | token before | recipe | MIM, images/s | supervised, \
-images/s | MIM / supervised | missing | unexpected | Δ logits |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+    repvit_m0_9 repghostnet_050 starnet_s1 fasternet_t0 convnextv2_atto rdnet_tiny mambaout_femto
+    inception_next_atto poolformer_s12 caformer_s18 focalnet_tiny_srf edgenext_xx_small pvt_v2_b0
+    mobilevit_xxs efficientformerv2_s0 swiftformer_xs tiny_vit_5m_224 nest_tiny davit_tiny
+    swin_tiny_patch4_window7_224""".split()
+TITLE = ("timm/", "M parameters", "widths", "strides", "token before", "recipe", "MIM, images/s",
+         "supervised, images/s", "MIM / supervised", "missing", "unexpected", "Δ logits")
 
 
 def problem(name):
@@ -68,39 +68,37 @@ def survey():
     families = [timm.model_entrypoint(name).__module__.split(".")[-1] for name in names]
     for family in sorted(set(families)):
         found = [reason for reason, its in zip(problems, families) if its == family]
-        print(f"| {family} | {found.count('')} | {len(found)} | {', '.join({*found} - {''})} |")
+        print(f"| {family} | {found.count('')} | {len(found)} | {', '.join(sorted({*found} - {''}))} |")
     summary = dict(timm=timm.__version__, tried=len(names), works=len(works), names=works)
     (ROOT / "results/backbones.json").write_text(json.dumps(summary) + "\n")
 
 
-class Classifier(models.Predictor):
-    """Supervised training through bench.take_step, with a label in place of the mask."""
-
-    def forward(self, image, label=None):
-        return super().forward(image)
-
-
-def cross_entropy(logits, image, label):
-    return dict(loss=F.cross_entropy(logits, label))
+def supervised_step(model, cfg, optimizer, scaler, image, label):
+    """bench.take_step with the cross entropy."""
+    batchnorm = optim.statistics(model)
+    loss = F.cross_entropy(model(data.normalize(image, cfg.mean, cfg.std)), label)
+    loss.backward()
+    optim.update(model, optimizer, scaler, cfg.clip, loss.detach(), batchnorm)
 
 
 def row(name):
-    """A model's cells: both steps in turn on 8 images of 64 px, medians of 5; the way to timm."""
+    """A model's cells: steps of both kinds in turn on 8 images of 64 px, medians of 5; export."""
     cfg = recipes.pretraining(["--arch", f"timm/{name}", "--img-size", "64"], "")[0]
-    device = torch.device("cpu")
-    model = runtime.place(models.build(cfg.arch, 64), device).train()
-    peer = runtime.place(Classifier(models.build(cfg.arch, 64).encoder, 1000), device).train()
+    cpu = torch.device("cpu")
+    autocast, scaler = runtime.precision("off", cpu)
+    model = runtime.place(models.build(cfg.arch, 64), cpu).train()
+    peer = models.Predictor(models.build(cfg.arch, 64).encoder, 1000)
+    peer = runtime.place(peer, cpu).train()
     image = torch.randint(256, (8, 3, 64, 64)).byte()
-    mask = torch.rand(8, 64 // cfg.mask_size, 64 // cfg.mask_size).lt(cfg.mask_ratio).float()
+    mask = masking.random_mask(8, 64 // cfg.mask_size, cfg.mask_ratio)
     label = torch.randint(1000, (8,))
     loss = losses.A2MIMLoss(cfg.spatial_loss, cfg.frequency_loss, cfg.frequency_weight,
                             cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
-    works = {}
-    for kind, net, criterion, target in (("supervised", peer, cross_entropy, label),
-                                         ("MIM", model, loss, mask)):
-        works[kind] = (bench.take_step, net, cfg, criterion, optim.make_optimizer(net, cfg),
-                       *runtime.precision("off", device), image, target)
-    times = bench.in_turn(5, works)
+    first = optim.make_optimizer(peer, cfg)
+    second = optim.make_optimizer(model, cfg)
+    times = bench.in_turn(5, dict(
+        supervised=(supervised_step, peer, cfg, first, scaler, image, label),
+        mim=(bench.take_step, model, cfg, loss, second, autocast, scaler, image, mask)))
 
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save(dict(config=dict(arch=cfg.arch, img_size=64), model=peer.state_dict()), file.name)
@@ -112,11 +110,12 @@ def row(name):
 
     encoder = model.encoder
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
-    shapes = [" ".join(map(str, values)) for values in (encoder.widths, encoder.strides)]
-    speeds = [f"{8 / times[kind][0]:.0f}" for kind in ("MIM", "supervised")]
-    return [name, f"{millions:.1f}", *shapes, f"`{encoder.paths[encoder.pieces[-1][0]]}`",
-            models.like(cfg.arch), *speeds, f"{times['MIM'][1]:.2f}", len(kept.missing_keys),
-            len(kept.unexpected_keys), f"{difference:.0e}" if encoder.classifier else "–"]
+    last = encoder.paths[f"layers.{len(encoder.layers) - 1}.0"]
+    widths, strides = [" ".join(map(str, sizes)) for sizes in (encoder.widths, encoder.strides)]
+    speeds = [f"{8 / times[kind][0]:.0f}" for kind in ("mim", "supervised")]
+    return [name, f"{millions:.1f}", widths, strides, f"`{last}`",
+            models.like(cfg.arch), *speeds, f"{times['mim'][1]:.2f}", len(kept.missing_keys),
+            len(kept.unexpected_keys), f"{difference:.0e}" if encoder.head_shape is not None else "–"]
 
 
 def main(argv=None):
@@ -126,7 +125,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.all:
         return survey()
-    print(TITLE)
+    print("|", " | ".join(TITLE), "|\n" + "|---" * len(TITLE) + "|")
     for name in args.names or MODELS:
         print("|", " | ".join(map(str, row(name))), "|", flush=True)
 
