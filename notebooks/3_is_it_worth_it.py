@@ -100,7 +100,7 @@ runs = {}
 for labels in (64,) if QUICK else (64, 256):
     for arm, start in START.items():
         epochs = math.ceil(STEPS / (labels // 64))
-        options = f"--protocol small --layer-decay none --task mask --img-size 32 --workers 0 "
+        options = "--protocol small --layer-decay none --task mask --img-size 32 --workers 0 "
         options += f"--labels {labels} --epochs {epochs} --warmup-epochs {epochs / 10} "
         options += f"--steps {STEPS} --eval-every {epochs} --seed 0"
         out = folder / f"{arm}-{labels}"
@@ -122,7 +122,7 @@ for (arm, labels), result in runs.items():
 draw_rows(rows)
 
 # %% [markdown]
-# One pair is an anecdote. The steps are few, too: a start from scratch would catch up with more of
+# One pair is an anecdote. The steps are few, too: a start from scratch may catch up with more of
 # them. The stored runs have 500 steps, and several seeds.
 
 # %% [markdown]
@@ -198,8 +198,8 @@ plt.show()
 
 # %% [markdown]
 # **Exercise.** The interval of a mean gain, from two lists of the same seeds: (mean of the
-# differences, half of the 95 % interval). That half is t(0.975, n − 1)·s / √n; `sweep.STUDENT[n −
-# 1]` holds the 97.5 % and the 80 % quantile of t for n pairs.
+# differences, half of the 95 % interval). That half is t(0.975)·s / √n. For n pairs, row n − 1 of
+# `sweep.STUDENT` holds the 97.5 % and the 80 % quantile of t.
 
 # %%
 def paired_interval(ours, theirs):
@@ -230,15 +230,14 @@ for arch in sweep.ARCHS:
 
 # %% [markdown]
 # A warning: fine-tuning seeds that begin with the same checkpoint are not independent of each
-# other. They say how fine-tuning varies, and little of how *pre-training* does. [The
-# design](../docs/evidence.md) says which seed begins where.
+# other. They say how fine-tuning varies, and little of how *pre-training* does.
+# [The design](../docs/evidence.md) says which seed begins where.
 
 # %% [markdown]
 # ## How small a difference could be seen?
 #
 # "Not shown" can mean "no difference" or "too few seeds". The smallest detectable difference tells
-# them apart: the true one that 80 % of such experiments would show, (t(0.975, n − 1) + t(0.8, n −
-# 1))·s / √n.
+# them apart: the true one that 80 % of such experiments would show, (t(0.975) + t(0.8))·s / √n.
 #
 # **Exercise.** Write it, for a list of paired differences.
 
@@ -330,9 +329,9 @@ check("own_mask", own_mask)
 draw_mask(own_mask)
 
 # %% [markdown]
-# `masking.MASKS["own"] = own_mask`, at the end of `masking.py`, makes it an option: `python
-# train.py --mask own`. Then compare by fine-tuning: the mask whose gaps are filled in best need not
-# be the one that teaches most.
+# `masking.MASKS["own"] = own_mask`, at the end of `masking.py`, makes it an option:
+# `python train.py --mask own`. Then compare by fine-tuning: the mask whose gaps are filled in best
+# need not be the one that teaches most.
 
 # %% [markdown]
 # ## An encoder of your own
@@ -367,6 +366,6 @@ check("own_encoder", OwnEncoder)
 
 # %% [markdown]
 # A row of `model.PRESETS` makes it an option of all programs, as in *Bring your own* of the README:
-# `PRESETS["own"] = dict(encoder=OwnEncoder, mask_layer=1, like="resnet_nano")`, then `python
-# train.py --arch own`. Which layer is the middle? Now you know how to find out, and with how many
-# seeds.
+# `PRESETS["own"] = dict(encoder=OwnEncoder, mask_layer=1, like="resnet_nano")`, then
+# `python train.py --arch own`. Which layer is the middle? Now you know how to find out, and with
+# how many seeds.
