@@ -1,17 +1,19 @@
-"""How fast, against what, and how far from the limit.
+"""How fast, against what, and how far from the limit. Three tables; without a word, all of them:
 
-  python bench.py                                     all three tables
   python bench.py loader --data path/to/photos x.tar  from disk to batch; the usual PIL pipeline
   python bench.py loss                                our frequency loss; two FFTs of every image
   python bench.py step --arch vit_b resnet50          a step; the fastest matrix product
 
-What is compared runs in turn, again and again. Every figure is a median over --runs; a ratio is the
-median of the ratios run by run. Use an idle machine, and believe the ratios more than the times.
+What is compared runs in turn, again and again. Every figure is a median over --runs, which --json
+keeps; a ratio is the median of the ratios run by run. Use an idle machine, and believe the ratios
+more than the times. `python extras/tables.py` writes the tables of docs/speed.md.
 """
-import os
+import json
 import shutil
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,10 +34,11 @@ import shapes
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+STEPS = 10 if CUDA else 1       # timed together: in training, a GPU doesn't wait either
 
 
 def in_turn(runs, works):
-    """{name: (function, *arguments)} → {name: (seconds, times faster than the first)}, medians."""
+    """{name: (function, *arguments)} → {name: seconds of each run}."""
     times = {name: [] for name in works}
     for run in range(1 + runs):     # one to warm up
         for name, (function, *arguments) in works.items():
@@ -44,9 +47,7 @@ def in_turn(runs, works):
             if CUDA:
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - began)
-    times = {name: np.array(seconds[1:]) for name, seconds in times.items()}
-    first = next(iter(times.values()))
-    return {name: (np.median(t), np.median(first / t)) for name, t in times.items()}
+    return {name: np.array(seconds[1:]) for name, seconds in times.items()}
 
 
 # ---- from disk to batch
@@ -58,8 +59,7 @@ class PILViews(torch.utils.data.Dataset):
         self.source = source
         self.transform = transforms.Compose([
             transforms.RandomResizedCrop(size, scale, interpolation=interpolation),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
             transforms.Normalize(data.MEAN, data.STD)])
 
     def __getitem__(self, sample):
@@ -68,26 +68,24 @@ class PILViews(torch.utils.data.Dataset):
 
 def write_photos(folder):
     """For want of photographs, 300 built-in images of 500 px: a folder of JPEGs, and a tar."""
-    photos = os.path.join(folder, "photos")
-    os.mkdir(photos)
+    photos = Path(folder, "photos")
+    photos.mkdir()
     world = shapes.Shapes(500, count=300)
     for i in range(300):
-        image = transforms.functional.to_pil_image(world[i][0])
-        image.save(os.path.join(photos, f"{i:03}.jpg"), quality=95)
-    return [photos, shutil.make_archive(photos, "tar", photos)]
+        data.TF.to_pil_image(world[i][0]).save(photos / f"{i:03}.jpg", quality=95)
+    return [str(photos), shutil.make_archive(photos, "tar", photos)]
 
 
-def load(views, batch, steps):
+def load(views, batch, steps, workers):
     batches = data.Batches(len(views.source), batch, batch, 0, steps)
-    for loaded in data.loader(views, batches, workers=0):
+    for loaded in data.loader(views, batches, workers):
         pass
 
 
 def bench_loader(args):
-    """images a second on one core: decoding, crop (and ours: mask), batching"""
+    """images a second: decoding, crop (and ours: mask), batching; 0 workers: the main process"""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    print("crop           px  images/s   × PIL  from")
     with tempfile.TemporaryDirectory() as temporary:
         paths = args.data or write_photos(temporary)
         folder = data.Folder(paths[0], "train")
@@ -100,11 +98,16 @@ def bench_loader(args):
                 ("pre-training", data.Crops, (0.67, 1.0), data.BILINEAR),
                 ("fine-tuning", finetune.TrainViews, (0.08, 1.0), data.BICUBIC)):
             cfg["crop_scale"] = scale
-            works = {"PIL": (load, PILViews(folder, size, scale, interpolation), batch, 20)}
+            works = {("PIL", 0): (load, PILViews(folder, size, scale, interpolation), batch, 20, 0)}
             for path in paths:
-                works[path] = (load, ours(data.Folder(path, "train"), cfg, 0), batch, 20)
-            for name, (seconds, faster) in in_turn(args.runs, works).items():
-                print(f"{crop:12}{size:5}{20 * batch / seconds:10.1f}{faster:8.2f}  {name}")
+                views = ours(data.Folder(path, "train"), cfg, 0)
+                for workers in sorted({0, args.workers or 0}):
+                    works[path, workers] = (load, views, batch, 20, workers)
+            times = in_turn(args.runs, works)
+            for (path, workers), t in times.items():
+                yield {"crop": crop, "px": size, "images/s": f"{20 * batch / np.median(t):.0f}",
+                       "× PIL": f"{np.median(times['PIL', 0] / t):.2f}", "from": path,
+                       "workers": workers}, dict(seconds=t)
     torch.set_num_threads(threads)
 
 
@@ -137,45 +140,47 @@ def bench_loss(args):
     works = {"two FFTs": (evaluate, two_ffts, reconstruction, image, mask),
              "ours": (evaluate, losses.A2MIMLoss(), reconstruction, image, mask)}
     expected = evaluate(two_ffts, reconstruction, image, mask)
-    print("loss      batch       ms  times faster    value  gradient")
-    for name, (seconds, faster) in in_turn(args.runs, works).items():
+    times = in_turn(args.runs, works)
+    for name, t in times.items():
         pairs = zip(evaluate(*works[name][1:]), expected)
         value, gradient = [((a - b).norm() / b.norm()).item() for a, b in pairs]
-        print(f"{name:10}{batch:5}{1000 * seconds:9.2f}{faster:14.2f}{value:9.0e}{gradient:10.0e}")
+        yield {"loss": name, "batch": batch, "ms": f"{1000 * np.median(t):.2f}",
+               "times faster": f"{np.median(times['two FFTs'] / t):.2f}",
+               "value": f"{value:.0e}", "gradient": f"{gradient:.0e}"}, dict(seconds=t)
 
 
 # ---- the step
 
-def take_step(model, cfg, criterion, optimizer, autocast, scaler, image, mask):
-    """train.py's step, on a micro-batch."""
-    image = data.normalize(image, cfg.mean, cfg.std)
-    batchnorm = optim.statistics(model)
-    with autocast:
-        reconstruction = model(image, mask)
-    loss = criterion(reconstruction, image, mask)["loss"]
-    scaler.scale(loss).backward()
-    optim.update(model, optimizer, scaler, cfg.clip, loss.detach(), batchnorm)
+def train(model, batches, cfg, criterion, optimizer, autocast, scaler):
+    """train.py's step, on each of the next STEPS micro-batches."""
+    for _, (image, mask, *_) in zip(range(STEPS), batches):
+        image = data.normalize(image.to(DEVICE, non_blocking=True), cfg.mean, cfg.std)
+        mask = mask.to(DEVICE, non_blocking=True)
+        batchnorm = optim.statistics(model)
+        with autocast:
+            reconstruction = model(image, mask)
+        loss = criterion(reconstruction, image, mask)["loss"]
+        scaler.scale(loss).backward()
+        optim.update(model, optimizer, scaler, cfg.clip, loss.detach(), batchnorm)
 
 
-def matmul_peak(autocast, runs):
-    """FLOP/s of the fastest square matrix product, in the dtype that autocast computes in."""
+def matmuls(autocast):
+    """{side: (function, *arguments)} of matrix products, in the dtype that autocast computes in."""
     works = {}
-    for n in (2048, 4096, 8192) if CUDA else (1024, 2048, 4096):
+    for n in (4096, 8192, 16384) if CUDA else (1024, 2048, 4096):
         with autocast:
             square = torch.randn(n, n, device=DEVICE) @ torch.randn(n, n, device=DEVICE)
         works[n] = (torch.matmul, square, square)
-    return max(2 * n ** 3 / seconds for n, (seconds, _) in in_turn(runs, works).items())
+    return works
 
 
 def bench_step(args):
-    """training on random images; FLOPs of products, convolutions; peak of a matrix product"""
-    print("arch          how       batch  images/s  × eager  TFLOP/s  of peak")
+    """training on micro-batches; FLOPs of products, convolutions; peak of a matrix product"""
     for arch in args.arch:
         cfg = recipes.pretraining(["--arch", arch], "")[0]
         batch = args.batch or (recipes.RECIPES[arch]["micro_batch"] if CUDA else 8)
         image = torch.randint(256, (batch, 3, cfg.img_size, cfg.img_size)).byte().to(DEVICE)
-        blocks = cfg.img_size // cfg.mask_size
-        mask = masking.random_mask(batch, blocks, cfg.mask_ratio).to(DEVICE)
+        mask = masking.random_mask(batch, cfg.img_size // cfg.mask_size, cfg.mask_ratio).to(DEVICE)
 
         # as in train.py; the compiled model shares its weights with the eager one
         model = models.build(arch, cfg.img_size, drop_path=cfg.drop_path or 0.0)
@@ -184,19 +189,39 @@ def bench_step(args):
                                      cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
         optimizer = optim.make_optimizer(model, cfg)
         autocast, scaler = runtime.precision("auto", DEVICE)
-        rest = (cfg, criterion, optimizer, autocast, scaler, image, mask)
-        works = {"eager": (take_step, model, *rest)}
+        rest = (cfg, criterion, optimizer, autocast, scaler)
+        again = [(image, mask)] * STEPS
+        works = {"eager": (train, model, again, *rest)}
         if args.compile:
-            works["compiled"] = (take_step, torch.compile(model), *rest)
+            works["compiled"] = (train, torch.compile(model, dynamic=False), again, *rest)
 
-        # how much a step has to compute, how fast the machine could do that, how fast it does
+        # how much a step has to compute; then how much memory it needs
         with FlopCounterMode(display=False) as counter:
-            take_step(model, *rest)
-        flops = counter.get_total_flops()
-        peak = matmul_peak(autocast, args.runs)
-        for how, (seconds, faster) in in_turn(args.runs, works).items():
-            print(f"{arch:14}{how:10}{batch:5}{batch / seconds:10.2f}{faster:9.2f}"
-                  f"{flops / seconds / 1e12:9.3g}{flops / seconds / peak:9.1%}")
+            train(model, again[:1], *rest)
+        flops = counter.get_total_flops() * STEPS
+        memory = {}
+        for how, (_, *arguments) in works.items() if CUDA else ():
+            torch.cuda.reset_peak_memory_stats()
+            train(*arguments)
+            memory[how] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+
+        # how fast it is and could be; with a loader by itself, which would get ahead meanwhile
+        squares = matmuls(autocast)
+        times = in_turn(args.runs, squares | works)
+        peak = max(2 * n ** 3 / np.median(times.pop(n)) for n in squares)
+        if args.data:
+            views = data.Crops(data.Folder(args.data[0], "train"), cfg, 0)
+            batches = data.Batches(len(views.source), batch, batch, 0, STEPS * (1 + args.runs))
+            loader = iter(data.loader(views, batches, runtime.workers(args.workers)))
+            how, (_, fastest, *_) = works.popitem()
+            times |= in_turn(args.runs, {f"{how}, loaded": (train, fastest, loader, *rest)})
+        for how, t in times.items():
+            speed = flops / np.median(t)
+            yield {"arch": arch, "how": how, "batch": batch,
+                   "images/s": f"{batch * STEPS / np.median(t):.2f}",
+                   "× eager": f"{np.median(times['eager'] / t):.2f}",
+                   "TFLOP/s": f"{speed / 1e12:.3g}", "of peak": f"{speed / peak:.1%}",
+                   "GB": memory.get(how, "–")}, dict(seconds=t, flops=flops, peak=peak)
 
 
 def main(argv=None):
@@ -204,21 +229,31 @@ def main(argv=None):
     parser = runtime.Parser("bench.py", description=__doc__)
     option = parser.add_argument
     option("table", nargs="?", choices=tables, help="which table (all)")
-    option("--data", nargs="+", help="loader: a folder of images, then tars of it (built-in ones)")
-    option("--arch", nargs="+", default=["vit_b", "resnet50"], metavar="ARCH",
-           help="step: architectures, as of train.py (vit_b resnet50)")
+    option("--data", nargs="+", help="a folder of images; loader: tars of it, too (built-in ones)")
+    option("--arch", nargs="+", default=["vit_b", "resnet50"], help="step: of train.py (these two)")
     option("--compile", action="store_true", help="step: compiled, too")
     option("--batch", type=int, help="images (loader 100; loss 32; step 8, on a GPU the recipe's)")
     option("--runs", type=int, default=5, help="repetitions, of which medians are taken (5)")
+    option("--workers", type=int, help="loader processes (loader: beside none; step: all cores)")
+    option("--json", help="file for the tables, and every run")
     args = parser.parse_args(argv)
     if args.runs < 1 or (args.batch is not None and args.batch < 1):
         raise ValueError("--runs and --batch must be 1 or more")
 
-    device = torch.cuda.get_device_name() if CUDA else torch.backends.cpu.get_cpu_capability()
-    print(f"{device}, {data.cores()} cores, torch {torch.__version__}; runs: {args.runs}")
+    chip = torch.cuda.get_device_name() if CUDA else torch.backends.cpu.get_cpu_capability()
+    machine = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    command = " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)])
+    result = dict(command=command, machine=machine, tables={})
+    print(f"{machine}; runs: {args.runs}")
     for name in [args.table] if args.table else tables:
         print(f"\n{name}: {tables[name].__doc__}\n")
-        tables[name](args)
+        rows = result["tables"][name] = []
+        for cells, runs in tables[name](args):
+            for line in [cells.values()] if rows else [cells, cells.values()]:
+                print(*(f"{cell!s:12}" for cell in line), flush=True)
+            rows.append(dict(cells=cells, **runs))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1, default=np.ndarray.tolist))
 
 
 if __name__ == "__main__":

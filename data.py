@@ -115,8 +115,7 @@ class Folder:
     def __init__(self, path, split):
         self.path = path
         paths, self.tars, members = find_images(path)
-        tops = {first_folder(name) for name in paths.tolist()}
-        part, hold_out = part_of(split, tops)
+        part, hold_out = part_of(split, np.unique(first_folders(paths)).tolist())
         below = np.char.startswith(paths, part)
         paths = paths[below]
         if not len(paths):
@@ -124,10 +123,11 @@ class Folder:
             raise ValueError(f"no images in {where} ({' '.join(EXTENSIONS)})")
 
         # classes are numbered before images are held out: both splits agree on them
-        folders = [first_folder(name.removeprefix(part)) for name in paths.tolist()]
-        classes = sorted(set(folders) - {b""})
-        number = {name: label for label, name in enumerate(classes)}
-        self.classes = [os.fsdecode(name) for name in classes]
+        classes, labels = np.unique(first_folders(paths, len(part)), return_inverse=True)
+        if classes[0] == b"":                           # images that are in no folder
+            classes = classes[1:]
+            labels = labels - 1
+        self.classes = [os.fsdecode(name) for name in classes.tolist()]
 
         kept = np.full(len(paths), True)
         if hold_out:
@@ -135,7 +135,7 @@ class Folder:
             held_out = np.arange(len(paths)) % every == 0
             kept = ~held_out if split == "train" else held_out
         # arrays, no lists of Python's objects: forked workers share them instead of copying them
-        self.labels = np.array([number.get(name, -1) for name in folders])[kept]
+        self.labels = labels[kept]
         self.paths = paths[kept]
         self.members = members[below][kept]
 
@@ -158,8 +158,13 @@ class Folder:
         return decode(content, self.where(index)), label
 
 
-def first_folder(name):
-    return name.split(b"/")[0] if b"/" in name else b""
+def first_folders(paths, start=0):
+    """The first folder of each name, `start` bytes into it: (N,) bytes, b"" where there is none."""
+    letters = paths.view(np.uint8).reshape(len(paths), paths.itemsize)[:, start:]
+    end = (letters == ord("/")).argmax(1)               # 0 without a slash
+    folders = letters[:, :end.max(initial=0) + 1].copy()
+    folders[np.arange(folders.shape[1]) >= end[:, None]] = 0
+    return folders.view(f"S{folders.shape[1]}")[:, 0]
 
 
 def part_of(split, folders):
@@ -192,9 +197,13 @@ def find_images(path):
     none; (number of the tar, offset, size) of each image, (N, 3). Raises ValueError."""
     if os.path.isdir(path):
         files = sorted(walk(path))
-        images = [os.fsencode(name) for name in files if name.lower().endswith(EXTENSIONS)]
-        tars = [stamp(os.path.join(path, name)) for name in files if name.endswith(".tar")]
-        if images or not tars:
+        images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        tars = []
+        if not images:
+            tars = [stamp(os.path.join(path, name)) for name in files if name.endswith(".tar")]
+        if not tars:
+            # one call for all names: there may be millions
+            images = os.fsencode("\0".join(images)).split(b"\0") if images else []
             return np.array(images, np.bytes_), [], np.empty((len(images), 0))
     elif os.path.isfile(path):
         tars = [stamp(path)]
