@@ -189,10 +189,11 @@ class Encoder(nn.Module):
       stem, layers  a callable and a list of callables, applied in turn: maps between them
       widths        channels entering each layer, and leaving the last
       strides       input pixels to a step of the map, at the same places
-    and may set channels (of images), norm (a LayerNorm at its end), and blocks (finer than layers,
-    for learning rates that decay with depth).
+    and may set channels (of images), norm (a LayerNorm at its end), blocks (finer than layers, for
+    learning rates that decay with depth), and fixed_size (it takes images of img_size alone).
     """
     channels = 3
+    fixed_size = False
 
     @property
     def stride(self):
@@ -216,6 +217,7 @@ class ViT(Encoder):
     suits widths of hundreds, a narrow model needs more. drop_path: rises linearly to this.
     `layers[0]` adds class token and positions; `layers[k]` is block k, counted from 1.
     """
+    fixed_size = True
 
     def __init__(self, img_size=224, *, channels=3, patch_size=16, dim=768, depth=12, heads=12,
                  mlp_dim=3072, drop_path=0.1, layer_scale=0.1, rel_pos_bias=True, abs_pos=True,
@@ -343,6 +345,7 @@ class Attention(nn.Module):
             table = torch.zeros((2 * grid - 1) ** 2 + 3, heads)
             self.relative_position_bias_table = nn.Parameter(table)
             index = relative_position_index(grid)
+            index = F.pad(index, (0, -len(index) % 8))          # see position_bias
             self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self, x):                                       # (B, N, D) -> the same
@@ -365,7 +368,10 @@ class Attention(nn.Module):
             return None
         # an embedding, because plain indexing has no deterministic gradient on the CPU
         bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)
-        return bias.permute(2, 0, 1).to(dtype)
+        # the fused kernels of GPUs take a bias of the queries' dtype, contiguous along keys, whose
+        # rows start at multiples of 8 numbers: so rows are gathered too long, and cut
+        bias = bias.permute(2, 0, 1).to(dtype).contiguous()
+        return bias[..., :bias.shape[1]]
 
 
 def relative_position_index(n):
@@ -530,49 +536,51 @@ class Timm(Encoder):
     name: as timm.create_model takes it. The sequence is cut after the modules whose channels and
     strides timm lists (feature_info): `stem` is the first piece, `layers` are the others.
     drop_path: timm's drop_path_rate. Raises ValueError.
-    `paths`: where timm's whole model has the modules. `missing`: what it has beside; `classifier`:
-    its head, None if that is more than a linear layer after the mean; `head_shape`: of a class's
-    weights there.
+    `paths`: {our name of a module: timm's}. `missing`: the weights that timm's whole model has
+    beside. `classifier`: the last module of its head; `head_shape`: of a class's weights there,
+    None if the head is more than a linear layer after the mean.
     """
 
     def __init__(self, img_size=224, *, channels=3, name, drop_path=0.0):
         super().__init__()
-        options = dict(features_only=True, in_chans=channels)
-        if drop_path:
-            options["drop_path_rate"] = drop_path
+        options = dict(in_chans=channels, drop_path_rate=drop_path or None)     # None: not passed on
         try:
-            self.net, self.size_option = timm_model(name, img_size, **options)
+            net, self.size_option = timm_model(name, img_size, features_only=True, **options)
         except TypeError:
             raise ValueError(f"timm's {name} has no drop path: set it to 0") from None
-        if type(self.net).__name__ != "FeatureListNet":
+        if type(net).__name__ != "FeatureListNet":
             raise ValueError(f"timm's {name} is no sequence of modules; convnextv2_atto, regnety_004 "
                              "and swin_tiny_patch4_window7_224 are")
-        info = self.net.feature_info
         self.name = name
         self.channels = channels
         self.img_size = img_size
-        self.widths = info.channels()
-        self.strides = info.reduction()
-        self.last = self.net.output_fmt.value == "NHWC"         # whether channels come last in it
+        self.fixed_size = bool(self.size_option)
+        self.widths = net.feature_info.channels()
+        self.strides = net.feature_info.reduction()
 
         with torch.device("meta"):
             whole, _ = timm_model(name, img_size)
         path_of = {path.replace(".", "_"): path for path, _ in whole.named_modules()}
-        self.paths = {flat: path_of[flat] for flat in self.net}
+        channels_last = net.output_fmt.value == "NHWC"
+        self.stem = Piece(False, channels_last)
+        self.layers = nn.ModuleList()
+        self.paths = {}
+        piece, prefix = self.stem, "stem"
+        for flat, module in net.items():
+            self.paths[f"{prefix}.{len(piece)}"] = path_of[flat]
+            piece.append(module)
+            if path_of[flat] in net.feature_info.module_name()[:-1]:
+                piece, prefix = Piece(channels_last, channels_last), f"layers.{len(self.layers)}"
+                self.layers.append(piece)
+
         there = tuple(path + "." for path in self.paths.values())
         self.missing = [name for name in whole.state_dict() if not name.startswith(there)
                         and not name.endswith("num_batches_tracked")]       # PyTorch adds it
-        classifier = whole.pretrained_cfg["classifier"]
-        is_linear = self.missing == [f"{classifier}.weight", f"{classifier}.bias"]
-        self.classifier = None
+        self.classifier = whole.pretrained_cfg["classifier"]
+        is_linear = self.missing == [f"{self.classifier}.weight", f"{self.classifier}.bias"]
+        self.head_shape = None
         if is_linear and not hasattr(whole, "final_act"):       # of NFNets, before the mean
-            self.classifier = classifier
-            self.head_shape = whole.get_parameter(f"{classifier}.weight").shape[1:]
-        self.pieces = [[]]
-        for flat, path in self.paths.items():
-            self.pieces[-1].append(flat)
-            if path in info.module_name()[:-1]:
-                self.pieces.append([])
+            self.head_shape = whole.get_parameter(self.missing[0]).shape[1:]
 
     def check(self):
         """Raises ValueError for a size of images that the model does not take, or not evenly."""
@@ -588,25 +596,20 @@ class Timm(Encoder):
             raise ValueError(f"timm's {self.name} makes no map of {side}×{side} of images of "
                              f"{self.img_size} px: try another size, or model")
 
-    @property
-    def blocks(self):
-        return [nn.ModuleList(self.net[flat] for flat in piece) for piece in self.pieces[1:]]
 
-    @property
-    def layers(self):
-        return [functools.partial(self.layer, piece) for piece in self.pieces[1:]]
+class Piece(nn.ModuleList):
+    """Modules of timm in a row; where their maps are (B, h, w, C), these are turned."""
 
-    def stem(self, image):                                      # (B, 3, H, W) -> (B, C, h, w)
-        for flat in self.pieces[0]:
-            image = self.net[flat](image)
-        return image.movedim(-1, 1) if self.last else image
+    def __init__(self, turn_input, turn_output):
+        super().__init__()
+        self.turn_input = turn_input
+        self.turn_output = turn_output
 
-    def layer(self, piece, z):                                  # (B, C, h, w) -> the like
-        if self.last:
-            z = z.movedim(1, -1)
-        for flat in piece:
-            z = self.net[flat](z)
-        return z.movedim(-1, 1) if self.last else z
+    def forward(self, z):                                       # (B, C, h, w) -> the like
+        z = z.movedim(1, -1) if self.turn_input else z
+        for module in self:
+            z = module(z)
+        return z.movedim(-1, 1) if self.turn_output else z
 
 
 def timm_model(name, img_size, **options):

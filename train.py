@@ -99,7 +99,7 @@ def main(argv=None):
     val_images, val_masks = validation_set(held_out, cfg, args.seed)
 
     # compiled, and wrapped so that processes average their gradients; `model` keeps plain names
-    replica = torch.compile(model) if args.compile else model
+    replica = torch.compile(model, dynamic=False) if args.compile else model
     if world > 1:
         replica = DDP(replica, device_ids=[device.index] if device.type == "cuda" else None)
 
