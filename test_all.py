@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import gzip
+import importlib
 import importlib.util
 import io
 import itertools
@@ -57,7 +58,7 @@ import runtime
 import shapes
 import train
 import weights
-from extras import prepare, stats, sweep
+from extras import prepare, stats, sweep, tables
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "shared" / "golden"
@@ -746,6 +747,27 @@ def test_stats_by_hand(tmp_path, capsys):
         assert words in said
 
 
+def test_first_folders():
+    names = [b"a/b/c.jpg", b"ab.jpg", b"abc/d.jpg", b"/x.jpg", "é/1.jpg".encode()]
+    expected = [b"a", b"", b"abc", b"", "é".encode()]
+    assert data.first_folders(np.array(names)).tolist() == expected
+    assert data.first_folders(np.array([b"train/" + name for name in names]), 6).tolist() == expected
+    assert data.first_folders(np.array([], np.bytes_)).tolist() == []
+
+
+def test_images_in_a_folder_and_beside_it(tmp_path):
+    """Names in any bytes; images in no folder have no class."""
+    names = ["b/1.jpg", "a/2.png", "3.jpg", os.fsdecode(b"a/\xff.jpg"), "c/notes.txt"]
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    folder = data.Folder(str(tmp_path), "all")
+    assert folder.paths.tolist() == [b"3.jpg", b"a/2.png", b"a/\xff.jpg", b"b/1.jpg"]
+    assert folder.classes == ["a", "b"] and folder.labels.tolist() == [-1, 0, 0, 1]
+    assert os.path.exists(folder.where(2))
+
+
 # ---- tars
 
 @pytest.fixture
@@ -1246,7 +1268,7 @@ def test_models_of_timm(name, tmp_path):
     last = whole.get_submodule(list(encoder.paths.values())[-1])
     last.register_forward_hook(lambda module, inputs, output: maps.append(output.clone()))
     logits = whole(IMAGE)
-    assert torch.equal(maps[0].movedim(-1, 1) if encoder.last else maps[0], z)
+    assert torch.equal(maps[0].movedim(-1, 1) if maps[0].shape != z.shape else maps[0], z)
     assert missing or relative(predictor(IMAGE), logits) < 1e-5
 
     # and back
@@ -1318,6 +1340,103 @@ def test_drop_path_of_timm():
     encoder = models.build("timm/edgenext_xx_small", 64, drop_path=0.5).encoder.train()
     assert not torch.equal(encoder(IMAGE), encoder(IMAGE))
     assert torch.equal(encoder.eval()(IMAGE), encoder(IMAGE))
+
+
+# ---- attention's bias, torch.compile
+
+@pytest.mark.parametrize("grid,stride", [(3, 16), (8, 72), (14, 200)])
+def test_bias_as_fused_attention_wants_it(grid, stride):
+    """In the queries' dtype, contiguous along keys, rows at multiples of 8; values as by the index."""
+    attention = random_weights(models.Attention(12, 3, grid))
+    table = attention.relative_position_bias_table
+    N = grid ** 2 + 1
+    expected = F.embedding(models.relative_position_index(grid), table).permute(2, 0, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = attention.position_bias(dtype)
+        assert bias.dtype == dtype and bias.stride() == (N * stride, stride, 1)
+        assert bias.storage_offset() == 0 and torch.equal(bias, expected.to(dtype))
+    weight = torch.randn(3, N, N)
+    gradients = [torch.autograd.grad((weight * values).sum(), table)[0]
+                 for values in (attention.position_bias(torch.float32), expected)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bias_under_autocast(dtype, monkeypatch):
+    """Attention gets all of its inputs in one dtype, and the bias as it was made, uncopied."""
+    attend = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        models.Attention(12, 3, 3)(torch.randn(2, 10, 12))
+    tensors = [*attend.call_args.args, attend.call_args.kwargs["attn_mask"]]
+    assert [tensor.dtype for tensor in tensors] == 4 * [dtype]
+    assert tensors[3].stride() == (160, 16, 1)
+
+
+@pytest.fixture
+def compiling():
+    """Nothing compiled before counts, and compiling a second time is an error."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    "arch", [*models.PRESETS, "timm/convnextv2_atto", "timm/regnety_002"])
+def test_every_model_is_one_graph(arch, compiling):
+    """In training, with drop path; two blocks a stage, on the meta device: there are no numbers."""
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm")
+    kind = models.preset(arch)["encoder"]
+    options = {models.ViT: dict(depth=2, mask_layer=1), models.ResNet: dict(depths=(1, 1, 1, 2))}
+    with torch.device("meta"):
+        model = models.build(arch, 64, drop_path=0.1, **options.get(kind, {}))
+        image = torch.empty(2, 3, 64, 64)
+        mask = torch.empty(2, 2, 2)
+    if issubclass(kind, models.ConvNeXt):
+        for stage in (1, 3, 5, 7):
+            model.encoder.features[stage] = model.encoder.features[stage][:2]
+    replica = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    for _ in range(2):
+        assert replica(image, mask).shape == image.shape
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano"])
+def test_compiled_models_are_the_eager_ones(arch, compiling):
+    """Loss and gradients, with the same draws of drop path: Dynamo's graph changes nothing."""
+    gradients = []
+    for how in ("eager", "compiled"):
+        torch.manual_seed(0)
+        model = random_weights(models.build(arch, 32, drop_path=0.5)).train()
+        image = torch.randn(4, 3, 32, 32)
+        mask = masking.random_mask(4, 4 if arch == "vit_nano" else 1, 0.6)
+        replica = model
+        if how == "compiled":
+            replica = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+        torch.manual_seed(1)
+        replica(image, mask).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert_same(*gradients)
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes: SLOW=1")
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano", "timm/convnextv2_atto"])
+def test_inductor(arch, compiling):
+    """Loss and gradients of what Inductor makes of it."""
+    size = 64
+    model = random_weights(models.build(arch, size)).train()
+    image = torch.randn(4, 3, size, size)
+    mask = masking.random_mask(4, 2, 0.6)
+    results = []
+    for replica in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+        state = copy.deepcopy(model.state_dict())
+        loss = (replica(image, mask) - image).square().mean()
+        gradients = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+        model.load_state_dict(state)                        # batch norm's statistics
+        results.append([loss, *[g for g in gradients if g is not None]])
+    for compiled, eager in zip(*results[::-1], strict=True):
+        assert relative(compiled, eager) < 1e-3 or eager.norm() < 1e-6
 
 
 # ---- analyze.py: the formulas
@@ -1692,7 +1811,7 @@ def test_bench_loss(capsys):
 
 
 def test_bench_step(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # which takes a minute
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)  # which takes a minute
     eager, compiled = bench_rows(capsys, "step", "--arch", "vit_nano", "--compile")
     assert eager[:3] == ["vit_nano", "eager", "2"] and compiled[1] == "compiled"
     assert eager[4] == "1.00" and float(compiled[4]) > 0 and float(eager[6].rstrip("%")) > 0
@@ -1706,6 +1825,102 @@ def test_bench_step(capsys, monkeypatch):
 def test_bench_wants_one_or_more(command):
     with pytest.raises(ValueError, match="--runs and --batch must be 1 or more"):
         bench.main(command.split())
+
+
+def test_bench_keeps_every_run(tmp_path, capsys):
+    path = tmp_path / "loss.json"
+    bench.main(["loss", "--batch", "2", "--runs", "3", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert result["command"] == f"python bench.py loss --batch 2 --runs 3 --json {path}"
+    assert result["machine"] in capsys.readouterr().out
+    theirs, ours = result["tables"]["loss"]
+    assert len(theirs["seconds"]) == len(ours["seconds"]) == 3
+    assert ours["cells"]["ms"] == f"{1000 * np.median(ours['seconds']):.2f}"
+    ratios = np.array(theirs["seconds"]) / ours["seconds"]
+    assert ours["cells"]["times faster"] == f"{np.median(ratios):.2f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bench_matmul_takes_the_dtype_of_autocast(dtype, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda n, m, device: torch.ones(n // 64, m // 64))
+    works = bench.matmuls(torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
+    for n, (function, a, b) in works.items():
+        assert function(a, b).dtype == dtype and a.shape == b.shape == (n // 64, n // 64)
+
+
+def test_bench_step_on_a_gpu(tmp_path, monkeypatch, capsys):
+    """The way through the CUDA branch, with PyTorch's functions for it replaced."""
+    called = Mock()
+    monkeypatch.setattr(bench, "CUDA", True)
+    monkeypatch.setattr(bench, "STEPS", 2)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(bench, "matmuls", lambda autocast: {64: (torch.matmul, *torch.ones(2, 64, 64))})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", called.synchronize)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", called.reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 34_560_000_000)
+    images = write_images(tmp_path / "images", [f"{i}.png" for i in range(16)], (32, 32))
+    steps = []
+    update = optim.update
+    monkeypatch.setattr(optim, "update", lambda *args: steps.append(update(*args)))
+    path = tmp_path / "step.json"
+    bench.main(["step", "--arch", "vit_nano", "--compile", "--batch", "2", "--runs", "1", "--workers",
+                "1", "--data", str(images), "--json", str(path)])
+    eager, compiled, loaded = json.loads(path.read_text())["tables"]["step"]
+    assert [row["cells"]["how"] for row in (eager, compiled, loaded)] == [
+        "eager", "compiled", "compiled, loaded"]
+    assert eager["cells"]["GB"] == compiled["cells"]["GB"] == "34.6"
+    assert called.reset.call_count == 2
+    # two runs of a product and of three ways to step
+    assert called.synchronize.call_count == 2 * 4
+    # one to count FLOPs; two by two for memory; three ways, two runs of two
+    assert len(steps) == 1 + 2 * 2 + 3 * 2 * 2
+    # a run is of two steps: FLOP/s and images/s agree
+    for row in (eager, compiled, loaded):
+        speed = row["flops"] / 2 * float(row["cells"]["images/s"]) / 2
+        assert speed == pytest.approx(1e12 * float(row["cells"]["TFLOP/s"]), rel=0.02)
+    assert loaded["peak"] == eager["peak"] > 0
+
+
+def test_bench_loader_with_workers(tmp_path, monkeypatch, capsys):
+    images = write_images(tmp_path / "images", [f"{i}.png" for i in range(16)], (32, 32))
+    monkeypatch.setattr(bench, "load", lambda views, batch, steps, workers: time.sleep(0.001))
+    rows = bench_rows(capsys, "loader", "--data", str(images), "--workers", "3")
+    assert [row[5] for row in rows] == ["0", "0", "3"] * 2
+
+
+def test_speed_page_says_what_its_files_say():
+    """python extras/tables.py"""
+    text = tables.PAGE.read_text()
+    assert tables.fill_in(text) == text
+    names = set(re.findall("<!-- table: (.*) -->", text))
+    assert names == {path.stem for path in tables.FOLDER.glob("*.json")}
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "results/speed").glob("*.json")), ids=lambda p: p.stem)
+def test_results_of_bench(path):
+    """At least five runs, and figures that follow from them; no path of a machine."""
+    text = path.read_text()
+    assert f"--json results/speed/{path.name}" in text and not re.search("/(work|tmp|home)/", text)
+    for rows in json.loads(text)["tables"].values():
+        for row in rows:
+            assert len(row["seconds"]) >= 5
+            if "ms" in row["cells"]:
+                assert row["cells"]["ms"] == f"{1000 * np.median(row['seconds']):.2f}"
+            if "peak" in row:
+                share = row["flops"] / np.median(row["seconds"]) / row["peak"]
+                assert row["cells"]["of peak"] == f"{share:.1%}"
+
+
+def test_tables_are_replaced_not_repeated(tmp_path, monkeypatch):
+    rows = [dict(cells={"how": "a", "batch": 2}, seconds=[1]), dict(cells={"how": "b", "batch": 2})]
+    result = dict(command="python bench.py loss", machine="a chip", tables={"loss": rows})
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    once = tables.fill_in("Before.\n\n<!-- table: x -->\n\n`vit_nano` after.\n")
+    assert once == ("Before.\n\n<!-- table: x -->\n`python bench.py loss`\n(a chip):\n\n| how | batch |\n"
+                    "|---|---|\n| a | 2 |\n| b | 2 |\n\n`vit_nano` after.\n")
+    assert tables.fill_in(once) == once
 
 
 # ---- extras/sweep.py, docs/evidence.md, results/, checkpoints/
@@ -1976,7 +2191,7 @@ def test_what_follows_from_what_is_given():
     # the usual protocol, and sizes of training and of tests
     for argv, protocol, sizes in (
             (("vit_b", "--img-size", 256), "simmim", (256, 293, 256)),
-            (("resnet50", "--img-size", 80), "rsb_a3", (80, 118, 112)),
+            (("resnet50", "--img-size", 64), "rsb_a3", (64, 101, 96)),
             (("resnet_nano", "--test-resize", 48), "small", (32, 48, 32)),
             (("vit_nano", "--task", "pose"), "small", (64, 64, 64))):
         config = protocol_of("--arch", *argv)
@@ -2300,6 +2515,161 @@ def test_knn_by_hand():
     assert metrics == dict(top1=75, top5=100, n=4)
 
 
+# ---- docs/why-is-my-mim-not-learning.md, docs/teaching.md
+
+SYMPTOMS = HERE / "docs" / "why-is-my-mim-not-learning.md"
+TEACHING = HERE / "docs" / "teaching.md"
+EXERCISES = HERE / "docs" / "exercises.md"
+
+
+VIT = str(HERE / "checkpoints/vit_nano-a2mim.pt")
+ONE_LINE = {
+    f"--init {VIT}": "this model's (96, 3, 8, 8)",
+    f"--init {VIT} --arch resnet_nano": "holds a vit_nano, not a resnet_nano",
+    f"--init {VIT} --img-size 32 --channels 1 --mean 0.5 --std 0.25": "this model's (96, 1, 4, 4)",
+    "--channels 13": "need as many numbers in --mean and --std",
+    "--img-size 50": "img_size 50 is not a multiple of mask_size 12",
+    "--shapes-count 20": "20 training images make no batch of 32",
+}
+
+
+@pytest.mark.parametrize("page", [SYMPTOMS, TEACHING, EXERCISES], ids=lambda page: page.stem)
+def test_pages_name_what_there_is(page, monkeypatch):
+    """Files, functions (`module.function`; `file.py`, `function`), options and commands exist."""
+    monkeypatch.chdir(HERE)
+    text = re.sub(r"\s+", " ", page.read_text())
+    quoted = re.findall(r"`([^`]+)`", text)
+    named = [word.split(".") for word in quoted if re.fullmatch(r"[a-z]\w*(\.\w+)+", word)]
+    named += [[file, *name.split(".")] for file, name in re.findall(r"`(\w+)\.py`, `([\w.]+)`", text)]
+    for module, *names in named:
+        if (HERE / f"{module}.py").exists() and names != ["py"]:
+            thing = importlib.import_module(module)
+            for name in names:
+                assert hasattr(thing, name), (module, names)
+                thing = getattr(thing, name)
+    for path in re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb))`", text):
+        assert (HERE / path).exists(), path
+    known = set(recipes.OPTIONS) | set(recipes.RUN) | set(protocols.OPTIONS) | set(protocols.RUN)
+    known |= {"only", "images", "runs", "show", "jobs", "nproc_per_node", "max_restarts"}
+    for option in re.findall(r"--([a-z][\w-]+)", " ".join(quoted)):
+        assert option.replace("-", "_") in known, option
+    for command in re.findall(r"`(?:OMP_NUM_THREADS=1 )?(?:python|torchrun \S+) (\w+\.py[^`]*)`", text):
+        script, *argv = shlex.split(command)
+        configure = {"train.py": recipes.pretraining, "finetune.py": protocols.finetuning}.get(script)
+        if configure and "CHECKPOINT" not in argv and " ".join(argv) not in ONE_LINE:
+            configure(argv, "")
+    assert all(len(line) <= 112 or line.startswith("|") for line in page.read_text().splitlines())
+
+
+def checkpoint(name):
+    return weights.open_model(HERE / "checkpoints" / f"{name}.pt")
+
+
+def errors_of(name, mean=None, std=None):
+    """Mean |error| over masked and over visible pixels, in standard deviations and in levels of 255."""
+    model, about = checkpoint(name)
+    mean = mean or about["mean"]
+    std = std or about["std"]
+    source = shapes.Shapes(32, "val")
+    images = torch.stack([source[i][0] for i in range(256)])
+    mask = masking.random_mask(256, 4, 0.6, [data.generator(0, "mask", i) for i in range(256)])
+    M = masking.resize(mask, (32, 32)).expand(256, 3, 32, 32) > 0
+    x = data.normalize(images, mean, std)
+    with torch.no_grad():
+        error = (model.eval()(x, mask) - x).abs()
+    levels = error * 255 * torch.tensor(std).view(-1, 1, 1)
+    means = [float(part.mean()) for part in (error[M], error[~M], levels[M], levels[~M])]
+    print("{}, std {:.3f}: masked {:.2f}, visible {:.2f}; in levels {:.1f}, {:.1f}".format(
+        name, std[0], *means))
+    return means
+
+
+def test_another_normalisation_is_worse_though_the_loss_may_be_lower():
+    masked, _, levels, _ = errors_of("vit_nano-a2mim")
+    other, _, other_levels, _ = errors_of("vit_nano-a2mim", [0.5] * 3, [0.5] * 3)
+    assert other < 0.6 * masked and other_levels > 1.05 * levels
+    assert errors_of("vit_nano-a2mim", [0.0] * 3, [1.0] * 3)[2] > 1.2 * levels      # pixels in 0..1
+    assert errors_of("vit_nano-a2mim", [0.0] * 3, [1 / 255] * 3)[2] > 3 * levels    # bytes
+
+
+@pytest.mark.parametrize("name", ["vit_nano-a2mim", "vit_nano-simmim",
+                                  "resnet_nano-a2mim", "resnet_nano-simmim"])
+def test_visible_blocks_are_reconstructed_worse_than_masked_ones(name):
+    masked, visible, _, _ = errors_of(name)
+    assert visible > 1.1 * masked
+
+
+@pytest.mark.parametrize("arch, options, leaks", [
+    ("vit_nano", dict(), False),
+    ("resnet_nano", dict(), False),
+    ("vit_nano", dict(fill="none", token="replace", mask_layer=0), False),
+    ("resnet_nano", dict(fill="none", token="replace", mask_layer=0), True),      # a rim of a pixel
+    ("vit_nano", dict(fill="none", token="none"), True),
+    ("vit_nano", dict(fill="none", token="add", mask_layer=1), True)])
+def test_what_the_model_sees_of_masked_pixels(arch, options, leaks):
+    """Nothing but their mean, unless neither fill nor token hides them."""
+    torch.manual_seed(0)
+    model = models.build(arch, 32, **options).eval()
+    image = torch.randn(2, 3, 32, 32)
+    mask = masking.random_mask(2, 4, 0.6, data.generator(0))
+    noise = torch.randn(2, 3, 32, 32) * masking.resize(mask, (32, 32))
+    hidden = masking.resize(mask, (32, 32))
+    noise = (noise - noise.sum((2, 3), keepdim=True) / hidden.sum((2, 3), keepdim=True)) * hidden
+    with torch.no_grad():
+        change = (model(image + noise, mask) - model(image, mask)).abs().max()
+    assert (change > 1e-3) == leaks
+
+
+@pytest.mark.parametrize("common, low, high", [(0.0, 3.3, 5.5), (1.0, 0.9, 1.5)])
+def test_a_smaller_micro_batch_raises_the_frequency_loss(common, low, high):
+    """32 errors averaged by 8: about 4 times as much where nothing is common to the images."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(1, 3, 32, 32, generator=generator)
+    target = torch.randn(32, 3, 32, 32, generator=generator) + common * 3 * shared
+    mask = torch.ones(32, 4, 4)
+    criterion = losses.A2MIMLoss()
+    whole = criterion(torch.zeros_like(target), target, mask)
+    parts = [criterion(torch.zeros_like(x), x, m) for x, m in zip(target.split(8), mask.split(8))]
+    frequency = sum(part["frequency"] for part in parts) / 4
+    assert low < frequency / whole["frequency"] < high
+    spatial = sum(part["spatial"] for part in parts) / 4
+    assert torch.allclose(spatial, whole["spatial"])
+
+
+def test_a_nan_is_skipped_and_the_log_has_val_loss(tmp_path, monkeypatch, capsys):
+    spatial_loss = losses.spatial_loss
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        return spatial_loss(*arguments) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(losses, "spatial_loss", broken)
+    options = "--shapes-count 64 --workers 0 --save-epochs 1 --out".split()
+    train.main([*TINY, *options, str(tmp_path / "run")])
+    assert [entry["skipped"] for entry in entries(tmp_path / "run")] == [0, 1, 1, 1]
+    assert [entry["loss"] is None for entry in entries(tmp_path / "run")] == [False, True, False, False]
+    assert 0.3 < entries(tmp_path / "run", "val_loss")[-1]["val_loss"] < 1.3
+
+
+@pytest.mark.parametrize("options", ONE_LINE)
+def test_what_does_not_fit_ends_in_one_line(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        runtime.run(train.main, [*options.split(), "--workers", "0"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and len(said.splitlines()) == 1 and ONE_LINE[options] in said
+
+
+def test_an_encoder_without_decoder_says_so():
+    """As after `weights.py export --to encoder`, or of a file for fine-tuning."""
+    model, about = checkpoint("vit_nano-a2mim")
+    state = model.encoder.state_dict() | {"decoder_pred.weight": torch.zeros(3)}
+    fresh = models.build("vit_nano", 32)
+    said = weights.describe(weights.load(fresh, state))
+    assert "new: mask_token.token, decoder." in said and "left in the file: decoder_pred.weight" in said
+
+
 # ---- what a user can get wrong: one line, exit code 2, nothing on the disk changed
 
 BAD = {  # command line: words of the one line
@@ -2344,7 +2714,9 @@ BAD = {  # command line: words of the one line
     "finetune.py --randaugment 9 --mean .2 .2 --std .1 .1": "--randaugment none",
     "finetune.py --labels 5000": "--labels 5000 is more than the 4096",
     "finetune.py --test-resize 40": "test_resize 40 is smaller than test_crop 64",
-    "finetune.py --test-crop 96": "a ViT is tested at its own size",
+    "finetune.py --arch timm/swin_tiny_patch4_window7_224 --img-size 64 --test-crop 96":
+        "timm/swin_tiny_patch4_window7_224 is tested at its own size",
+    "finetune.py --test-crop 96": "vit_nano is tested at its own size",
     "analyze.py": "required: CHECKPOINT",
     "analyze.py bare.pt:vit_x": "unknown arch 'vit_x'",
     "analyze.py NAME=bare.pt:resnet18": "its encoder has encoder.",
@@ -2430,7 +2802,7 @@ def test_bad_input_is_one_line(script, bad_files, monkeypatch, capsys):
     before = tree()
     for command, words in BAD.items():
         name, *argv = shlex.split(command)
-        if name != script:
+        if name != script or "timm/" in command and not importlib.util.find_spec("timm"):
             continue
         if name in ("train.py", "finetune.py"):
             argv += ["--workers", "0"]
@@ -2617,6 +2989,31 @@ def test_weights_of_init_are_kept(run, arch, options, noise, tmp_path):
         assert torch.equal(after[name], before[name]), name
     if run is tune:
         assert 0 < after["head.bias"].abs().max() < 1
+
+
+@pytest.mark.parametrize("run,options", [
+    (pretrain, "--arch vit_nano --drop-path 0.2 --micro-batch 6"),
+    (pretrain, "--arch resnet_nano"),
+    (tune, "--drop-path 0.2 --mixup 0.8 --cutmix 1 --ema 0.9 --loss bce"),
+    (tune, "--arch resnet_nano --freeze --micro-batch 4"),
+])
+def test_compiled_runs(run, options, compiling, noise, tmp_path, monkeypatch):
+    """Compiled once, though tests are between the steps, of batches that are no multiple; the same
+    weights under the same names."""
+    options = ["--arch", "vit_nano", "--img-size", 32, "--batch-size", 12, "--epochs", 2,
+               "--save-epochs", 1, "--data", noise, *options.split()]
+    run(tmp_path / "eager", *options)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    one_graph = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", one_graph)
+    run(tmp_path / "compiled", *options, "--compile")
+    assert len(graphs) == 1
+    assert_same_end(tmp_path / "eager", tmp_path / "compiled")
 
 
 # ---- several processes

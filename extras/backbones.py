@@ -74,7 +74,7 @@ def survey():
 
 
 def supervised_step(model, cfg, optimizer, scaler, image, label):
-    """bench.take_step with the cross entropy."""
+    """bench.train's step, with the cross entropy."""
     batchnorm = optim.statistics(model)
     loss = F.cross_entropy(model(data.normalize(image, cfg.mean, cfg.std)), label)
     loss.backward()
@@ -98,7 +98,7 @@ def row(name):
     second = optim.make_optimizer(model, cfg)
     times = bench.in_turn(5, dict(
         supervised=(supervised_step, peer, cfg, first, scaler, image, label),
-        mim=(bench.take_step, model, cfg, loss, second, autocast, scaler, image, mask)))
+        mim=(bench.train, model, [(image, mask)], cfg, loss, second, autocast, scaler)))
 
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save(dict(config=dict(arch=cfg.arch, img_size=64), model=peer.state_dict()), file.name)
