@@ -589,7 +589,7 @@ class Timm(Encoder):
         try:
             with torch.no_grad():
                 fits = self.eval()(z).shape[-2:] == (side, side)
-        except (AssertionError, RuntimeError):
+        except (AssertionError, AttributeError, RuntimeError):  # of a size; of lists for maps
             fits = False
         self.train()
         if not fits:

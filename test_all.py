@@ -1334,6 +1334,15 @@ def test_models_that_timm_has_not(name, options, says, monkeypatch):
         models.build(f"timm/{name}", **options or {})
 
 
+def test_number_of_models_that_work():
+    """python extras/backbones.py --all"""
+    count = json.loads((HERE / "results/backbones.json").read_text())
+    words = f"{count['works']} of {count['tried']:,} names"
+    assert len(count["names"]) == count["works"]
+    for page in ("README.md", "docs/backbones.md"):
+        assert words in (HERE / page).read_text()
+
+
 @torch.no_grad()
 def test_drop_path_of_timm():
     pytest.importorskip("timm")

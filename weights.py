@@ -342,7 +342,7 @@ def main(argv=None):
     library = "model" if args.to == "encoder" else args.to
     strict = ", strict=False" if missing else ""
     if missing:
-        print(f"Not in it, since the head differs: {', '.join(missing)}")
+        print(f"Not in it: {', '.join(missing)}. model.forward_features(image) needs none of them.")
     print(f"{args.out}: {len(state)} tensors. To load them:\n"
           f"  import torch, {library}\n  model = {call}\n"
           f"  model.load_state_dict(torch.load({args.out!r}, weights_only=True){strict})")

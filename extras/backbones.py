@@ -43,9 +43,13 @@ def problem(name):
     size = timm.get_pretrained_cfg(name).input_size[-1]
     try:
         with torch.device("meta"), torch.no_grad():
-            if size % models.Timm(size, name=name).stride:
+            try:
+                encoder = models.build(f"timm/{name}", size).encoder.eval()
+            except ValueError as error:
+                if "no sequence" in str(error):
+                    raise
                 size += -size % 64
-            encoder = models.build(f"timm/{name}", size).encoder.eval()
+                encoder = models.build(f"timm/{name}", size).encoder.eval()
             z = encoder.stem(torch.empty(1, 3, size, size))
             for i, layer in enumerate([*encoder.layers, torch.nn.Identity()]):
                 side = size // encoder.strides[i]
@@ -58,17 +62,17 @@ def problem(name):
 
 
 def survey():
-    """--all: how many names work in each family (a module of timm), and why others do not."""
+    """--all: how many names work, in which families (modules of timm), and why the others do not."""
     names = [n for n in timm.list_models() if timm.get_pretrained_cfg(n).input_size[-1] <= 288]
     with ProcessPoolExecutor(data.cores()) as pool:
         problems = list(tqdm(pool.map(problem, names), total=len(names), unit="model"))
     works = [name for name, reason in zip(names, problems) if not reason]
-    print(f"{len(works)} of {len(names)} names work (timm {timm.__version__}, up to 288 px).\n\n"
-          "| family | work | of | why not |\n|---|---|---|---|")
+    print(f"{len(works)} of {len(names)} names work (timm {timm.__version__}, up to 288 px).")
     families = [timm.model_entrypoint(name).__module__.split(".")[-1] for name in names]
-    for family in sorted(set(families)):
-        found = [reason for reason, its in zip(problems, families) if its == family]
-        print(f"| {family} | {found.count('')} | {len(found)} | {', '.join(sorted({*found} - {''}))} |")
+    for reason in sorted(set(problems)):
+        found = [family for family, its in zip(families, problems) if its == reason]
+        counts = [f"{family} {found.count(family)}" for family in sorted(set(found))]
+        print(f"\n{reason or 'They work'}: {', '.join(counts)}")
     summary = dict(timm=timm.__version__, tried=len(names), works=len(works), names=works)
     (ROOT / "results/backbones.json").write_text(json.dumps(summary) + "\n")
 
