@@ -42,6 +42,7 @@ QUICK = bool(os.environ.get("QUICK"))                   # fewer steps, for the t
 # %%
 import inspect
 import json
+import math
 import tempfile
 import time
 
@@ -114,7 +115,10 @@ print("standard deviation of images' means", x.mean((2, 3)).std(0).numpy().round
 
 # %%
 def random_mask(batch, grid, ratio, generator):
-    """(batch, grid, grid), 1 = masked. All randomness comes from the torch.Generator."""
+    """(batch, grid, grid), 1 = masked. All randomness comes from the torch.Generator.
+
+    Blocks to mask: math.ceil(round(ratio * grid ** 2, 6)). In floats 0.07·100 is a bit above 7.
+    """
     ...  # your turn
 
 
@@ -159,8 +163,10 @@ show([rows[:8] for rows in fills.values()], list(fills))
 # %% [markdown]
 # What does a network make of them? A ResNet begins with a convolution without bias and a batch
 # norm. Zeros through that convolution are zero, whatever the image, and the batch norm then
-# measures less variance than the images have. The mean colour is one of each image's own: less of
-# that is lost. We compare statistics of the convolution's output with those of unmasked images.
+# measures less variance than the images have. The mean colour is one of each image's own: less
+# variance is lost. We compare statistics of the convolution's output with those of unmasked images.
+#
+# Predict first: with each of the two fills, what is σ at hidden positions? The images' own is 1.
 
 # %%
 resnet, about = weights.open_model(roots[0] / "checkpoints" / "resnet_nano-a2mim.pt")
@@ -202,14 +208,14 @@ plt.show()
 # %% [markdown]
 # At hidden positions zeros are one value for all images (the bar at 0 leaves the picture), the
 # mean fill keeps the spread of colours. Whether that makes better features is another question:
-# at this size a model can reconstruct as well from zeros (docs/exercises.md, 2).
+# at this size a model reconstructs even better from zeros (docs/exercises.md, 2).
 #
 # ## 4 · The encoder and the mask token
 #
-# The encoder is a stem and a list of layers. Just before layer `mask_layer`, a learned vector t
-# says "masked" to all hidden positions at once: `z·(1 − M) + γ·z·M + t·M`. In the ViT it enters
-# before layer 0, right after the patches are embedded, with γ = 1. In the ResNet it enters before
-# layer 3, the last of four stages, with one learned γ for each channel.
+# The encoder is a stem and a list of layers, counted from 0. Just before layer `mask_layer`, a
+# learned vector t says "masked" to all hidden positions at once: `z·(1 − M) + γ·z·M + t·M`. In the
+# ViT it enters before layer 0, right after the patches are embedded, with γ = 1. In the ResNet it
+# enters before layer 3, the last of four stages, with one learned γ for each channel.
 
 # %%
 source(models.A2MIM.encode)
@@ -219,7 +225,10 @@ source(models.A2MIM.encode)
 
 # %%
 def mask_token(z, mask, t, gamma):
-    """z (B, C, h, w), mask (B, m, m) of blocks, t and gamma (C,) -> (B, C, h, w)."""
+    """z (B, C, h, w), mask (B, m, n) of blocks, t and gamma (C,) -> (B, C, h, w).
+
+    masking.resize(mask, (h, w)) is the mask of positions, (B, 1, h, w).
+    """
     ...  # your turn
 
 
@@ -279,8 +288,10 @@ plt.show()
 # %% [markdown]
 # In the ResNet, three stages of convolutions ran before the token: what is visible has already
 # spread into the hidden blocks. Its small γ removes most of that at hidden positions, and t takes
-# the place. What is the token worth to these models? We take it away (t = 0) and measure the
-# error of masked pixels, in standard deviations.
+# the place. ("|z| at the end" has a colour scale of its own.)
+#
+# How much does each trained model rely on t? We take it away (t = 0) and measure the error of
+# masked pixels, in standard deviations. Predict first: which of the two needs it more?
 
 # %%
 def masked_error(reconstruction):
@@ -300,11 +311,15 @@ for name, model in {"ViT": vit, "ResNet": resnet}.items():
     print(f"{name}: with the token {with_token:.3f}, without {without:.3f}")
 
 # %% [markdown]
+# The ViT relies on t. The ResNet hardly does: its γ marks the place already. This is what a trained
+# model depends on; one that is trained without t may do as well (docs/exercises.md, 3).
+#
 # ## 5 · The decoder
 #
 # One linear map from a feature vector to the s × s pixels at its place: `x̂ =
 # PixelShuffle(Conv1×1(z))`. It is weak on purpose: what is to be painted must be in z. Channel k
-# of z paints pattern k, and the block at a place is the sum of all patterns, weighted by z.
+# of z paints pattern k, and the block at a place is the sum of all patterns, weighted by z, plus a
+# bias.
 
 # %%
 source(models.decoder)
@@ -348,8 +363,14 @@ check("rearrange", rearrange)
 # The error is d = x̂ − x. The first term is the mean of |d| over masked pixels,
 # `losses.spatial_loss`. The second looks at the spectrum D = F(d) and weights large errors more:
 # the mean over frequencies of `w·|D|²`, with `w = log(1 + |D|)` over its maximum. w gets no
-# gradient. Visible pixels are not the model's task: there the error is replaced by half of it,
-# without a gradient ("what the loss sees").
+# gradient. Visible pixels are not the model's task: before F, x̂ becomes ½·x̂ + ½·x there, without
+# a gradient, as in the official code (`losses.STANDINS`). So "what the loss sees" is d where
+# masked, half of d elsewhere.
+#
+# For the picture and the numbers below it each image has its own spectrum, and w its maximum in
+# each image and channel. The official code averages the spectra of a batch first; that comes soon.
+#
+# Predict first: is the share of long waves larger in |D|² or in w·|D|²?
 
 # %%
 with torch.no_grad():
@@ -385,12 +406,14 @@ amplitude = full_spectrum(seen)
 w = amplitude.log1p() / amplitude.log1p().amax((2, 3), keepdim=True)
 for name, part in {"|D|²": amplitude ** 2, "w·|D|²": w * amplitude ** 2}.items():
     print(f"waves of 8 px and longer: {low.mean():.0%} of frequencies, "
-          f"{(part * low).sum() / part.sum():.0%} of {name}")
+          f"{(part * low).sum() / part.sum():.0%} of {name}, spectra of single images")
 
 # %% [markdown]
 # Three errors, all with the same mean of |d|: a blur, noise, and a wrong shade. The first term
 # cannot tell them apart. What does the second say, for each image by itself ("focal_per_image"),
 # and with the spectra of the batch averaged first, as the official code does ("focal")?
+#
+# Predict first: which of the three costs most, and which share of its d² does w leave?
 
 # %%
 target = x[:32]
@@ -426,13 +449,16 @@ plt.show()
 
 # %% [markdown]
 # F keeps energy: the mean of |D|² is the mean of d² (Parseval). So w says which share of d²
-# counts: all of it where the error is one frequency, as a shade, little more than half where it
-# is spread, as in noise. Averaging over a batch changes the picture: errors of different images
-# cancel, and only what all share, such as our shade, keeps its price.
+# counts: all of it where the error is one frequency, as a shade, little more than half for blur
+# and noise alike. The term mostly follows d²: blur costs most since its d² is largest. Averaging
+# over a batch changes the picture: errors of different images cancel, blur and noise nearly vanish,
+# and only what all share, such as our shade, keeps its price. In training λ times the term is a
+# small part of the loss, and leaving it out changes the reconstruction within the noise
+# (docs/exercises.md, 4).
 #
 # **Exercise 5.** The loss with the spectra of the batch averaged, as the formula reads: D = mean
-# over the batch of F(x̂) − F(x), all frequencies, orthonormal (`torch.fft.fft2`). The result is
-# the mean over channels and frequencies.
+# over the batch of F(x̂) − F(x), all frequencies, orthonormal (`torch.fft.fft2`). The maximum in w
+# is one number over all channels and frequencies. The result is the mean over both.
 
 # %%
 def frequency_two(prediction, target):
@@ -512,12 +538,12 @@ for i in range(3 if QUICK else 101):
         print(f"step {i:3}: loss {terms['loss']:.4f} = {spatial:.4f} + 0.1 · {frequency:.4f}")
 
 code = inspect.getsource(train).splitlines()
-print("the same in train.py, from line", code.index("    # training loop") + 1)
+print("the same in train.py, from line", code.index("    for step in range(start, stop):") + 1)
 
 # %% [markdown]
 # The loss of these 32 images falls; λ times the second term is a small part of it. Now `train.py`
 # itself: the smallest run, shortened to four epochs at 32 px. A folder gets its checkpoint and
-# its log.
+# its log. It takes a minute or two on an idle core, more on a busy one.
 
 # %%
 options = ["--img-size", "32", "--epochs", "4", "--workers", "0", "--log-every", "32"]
@@ -542,6 +568,8 @@ plt.show()
 # a hundred times; the short run; and the checkpoint in `checkpoints/`, the same model after 6,144
 # steps. The last row is what one would show: the checkpoint's reconstruction where masked, else
 # the image.
+#
+# Predict first: do a hundred steps on 32 images beat each image's mean colour on others?
 
 # %%
 small.eval()
@@ -561,8 +589,9 @@ for name in ("seen", "100 steps", "short run", "checkpoint"):
 # A hundred steps on 32 images do worse on others than the mean colour. The short run paints
 # shades that go on from block to block. The checkpoint also knows that objects go on behind the
 # mask. Textures stay blurred: where many are possible, the mean of |d| is smallest for their
-# median.
+# median. The flat squares of 4 px are the ViT's patches: it paints hardly any detail within one.
 #
-# What to do next: run the cell above with `--mask-ratio 0.3`, `--fill zero` or
-# `--frequency-loss none` among the options. [docs/exercises.md](../docs/exercises.md) says what
-# to expect. The second notebook asks what such a model has learned.
+# What to do next: put `--mask-ratio 0.3`, `--fill zero` or `--frequency-loss none` among the
+# options, and run the cell with `train.main`, then the one after it.
+# [docs/exercises.md](../docs/exercises.md) has longer runs of these: expect the direction, not the
+# numbers. The second notebook asks what such a model has learned.

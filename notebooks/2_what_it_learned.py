@@ -17,7 +17,7 @@
 # al., arXiv 2205.13943) and *Revealing the Dark Secrets of Masked Image Modeling* (Xie et al.,
 # arXiv 2205.13543). Here their questions are asked of the small checkpoints in `checkpoints/`: a
 # ViT and a ResNet, each trained *supervised*, by *SimMIM*, and by *A²MIM*, on the same built-in
-# images of 32 px.
+# images of 32 px. An *arm* is one of these three ways to train.
 #
 # Each part has the claim, a picture, the repository's function, mostly an exercise, and what these
 # models say. It is one training run each, so "±", a standard error **over images**, says nothing of
@@ -244,15 +244,16 @@ for row, arm in zip(axes, ARMS):
 plt.show()
 
 # %% [markdown]
-# Build it: HSIC(K, L) = ⟨K, L⟩ / n(n − 3) of U-centred kernels, without a diagonal, so that it is
-# not biased by few images; CKA = HSIC(K, L) / √(HSIC(K, K)·HSIC(L, L)).
+# Build it: HSIC(K, L) = ⟨K, L⟩ / n(n − 3), CKA = HSIC(K, L) / √(HSIC(K, K)·HSIC(L, L)). HSIC, the
+# Hilbert-Schmidt independence criterion, says how far two kernels agree on which images are alike;
+# U-centred kernels, whose rows sum to 0 without the diagonal, keep few images from biasing it.
 
 # %%
 source(analyze.centred_gram)
 source(analyze.cka_of)
 
 # %% [markdown]
-# **Exercise.** CKA of two layers' features (n, C) and (n, K), a number. `analyze.centred_gram(x)`
+# **Exercise.** CKA of two layers' features (n, C₁) and (n, C₂), a number. `analyze.centred_gram(x)`
 # may be used: it is the centred kernel, flattened.
 
 # %%
@@ -442,11 +443,11 @@ check("drop_patches", drop_patches)
 source(analyze.occlusion)
 
 # %% [markdown]
-# Measure it. The right panel divides by the top-1 on whole images; its errors know that both are of
-# the same images. Dotted: chance. Where most patches are gone every model guesses, and a poor one
-# then keeps a larger share: chance over its own top-1. Trust the left half of the curve. And a
-# label about size is hard on all of them: who counts only what can be seen calls a large object
-# small.
+# Measure it. The right panel divides by the top-1 on whole images; its errors take into account
+# that both are of the same images. Dotted: chance. Where most patches are gone every model guesses,
+# and a poor one then keeps a larger share: chance over its own top-1. Trust the left half of the
+# curve. And a label about size is hard on all of them: who counts only what can be seen calls a
+# large object small.
 
 # %%
 result = analysis("occlusion", classifiers, "--data", "sizes")
@@ -468,7 +469,7 @@ for arm in ("simmim", "a2mim"):
 # **Claim** (A²MIM, after Deng et al., arXiv 2111.06236): masked image models use *middle-order*
 # interactions, what two patches do together when many others are visible, but not all.
 #
-# With v(S) = log p / (1 − p) of the true class while only the patches S are visible, and i, j two
+# With v(S) = log(p / (1 − p)) of the true class while only the patches S are visible, and i, j two
 # neighbours: I⁽ᵐ⁾(i, j) = mean over S of m patches of v(S∪{i,j}) − v(S∪{i}) − v(S∪{j}) + v(S). J⁽ᵐ⁾
 # is the mean of |I⁽ᵐ⁾|, over its mean over all m.
 

@@ -87,9 +87,10 @@ draw_rows({"image": image, "label": target})
 source(finetune.Mask)
 
 # %% [markdown]
-# Both arms have the same number of steps of 64 images, and the same seed: it draws the labels,
-# their order, and the head's first weights. So the two runs are a **pair**, which differs in the
-# encoder's start only. `finetune.py` writes a hash of each of the three, and they agree.
+# An *arm* is a way to get an encoder, here from scratch or by A²MIM. Both have the same number of
+# steps of 64 images, and the same seed: it draws the labels, their order, and the head's first
+# weights. So the two runs are a **pair**, which differs in the encoder's start only. `finetune.py`
+# writes a hash of each of the three, and they agree.
 
 # %%
 START = {
@@ -114,7 +115,8 @@ for labels in (64,) if QUICK else (64, 256):
 x = data.normalize(image, data.MEAN, data.STD)
 rows = {"image": image, "label": target}
 for (arm, labels), result in runs.items():
-    # a mask's head is no classifier: build the model as finetune.py does, then load it
+    # build the model as finetune.py does, then load it: one output at each position ("none": no
+    # mean over positions before the head)
     network = models.Predictor(models.build("vit_nano", 32).encoder, 1, "none")
     weights.load(network, folder / f"{arm}-{labels}" / "last.pt")
     with torch.no_grad():
@@ -129,7 +131,9 @@ draw_rows(rows)
 # ## The stored runs: label efficiency
 #
 # `results/` holds a file a run. `sweep.values` finds the numbers of an arm, by seed; `sweep.gain`
-# takes the mean difference of pairs and its interval. What was not run yet is left out.
+# takes the mean difference of pairs and its interval. `world/vit_nano/a2mim` is an arm's name: the
+# images (`world` are the built-in ones), the architecture, the pre-training. What was not run yet
+# is left out.
 
 # %%
 stored = sweep.read_results(ROOT / "results")
@@ -318,7 +322,8 @@ draw_mask(masking.random_mask)
 
 # %% [markdown]
 # **Exercise.** Another one, such as a checkerboard whose colour at the corner is drawn: half of the
-# blocks, and each hidden one has four visible neighbours. Is that harder or easier to fill in?
+# blocks, and all neighbours of a hidden one are visible. The ratio may be ignored. Is that harder
+# or easier to fill in?
 
 # %%
 def own_mask(batch, grid, ratio, generators):
@@ -329,7 +334,7 @@ check("own_mask", own_mask)
 draw_mask(own_mask)
 
 # %% [markdown]
-# `masking.MASKS["own"] = own_mask`, at the end of `masking.py`, makes it an option:
+# Copied to the end of `masking.py`, with `MASKS["own"] = own_mask` below it, it is an option:
 # `python train.py --mask own`. Then compare by fine-tuning: the mask whose gaps are filled in best
 # need not be the one that teaches most.
 
@@ -365,7 +370,7 @@ class OwnEncoder(models.Encoder):
 check("own_encoder", OwnEncoder)
 
 # %% [markdown]
-# A row of `model.PRESETS` makes it an option of all programs, as in *Bring your own* of the README:
-# `PRESETS["own"] = dict(encoder=OwnEncoder, mask_layer=1, like="resnet_nano")`, then
-# `python train.py --arch own`. Which layer is the middle? Now you know how to find out, and with
-# how many seeds.
+# Copied to the end of `model.py` (there it is `Encoder`, not `models.Encoder`), with the row
+# `PRESETS["own"] = dict(encoder=OwnEncoder, mask_layer=1, like="resnet_nano")` below it, it is an
+# option of all programs, as in *Bring your own* of the README: `python train.py --arch own`. Which
+# layer is the middle? Now you know how to find out, and with how many seeds.

@@ -4,6 +4,7 @@ An answer is compared with the repository's own function on seeded inputs. What 
 words.
 """
 import inspect
+import itertools
 import sys
 import textwrap
 from pathlib import Path
@@ -22,6 +23,16 @@ import model as models
 from extras import sweep
 
 CHECKS = {}                                     # name: (how to check, the repository's function)
+# what to say where an exercise's tensors do not fit each other
+HINTS = {
+    "fill": "resize M first, rows before columns: masking.resize(mask, (H, W))",
+    "mask_token": "resize M first, masking.resize(mask, (h, w)), and t and gamma need "
+                  "[:, None, None]",
+}
+
+
+class Remark(str):
+    """What can be said of a right answer."""
 
 
 def exercise(solution):
@@ -42,9 +53,15 @@ def check(name, answer):
         problem = how(answer)
     except Exception as error:
         problem = f"it raises {type(error).__name__}: {error}"
+        if isinstance(error, (RuntimeError, ValueError)) and name in HINTS:
+            problem += f"; {HINTS[name]}"
     lines, first = inspect.getsourcelines(solution)
     place = f"{Path(inspect.getsourcefile(solution)).name}, line {first}"
-    print(f"{name}: {problem}" if problem else f"{name}: right. Ours: {place}, {len(lines)} lines")
+    if problem and not isinstance(problem, Remark):
+        print(f"{name}: {problem}")
+    else:
+        remark = f"; {problem}" if problem else ""
+        print(f"{name}: right{remark}. Ours: {place}, {len(lines)} lines")
 
 
 def unfinished(result):
@@ -65,7 +82,7 @@ def not_a_tensor(result, shape):
 def differs(result, expected, mistakes={}):
     """What is wrong with a tensor, or None: its kind, shape or values.
 
-    mistakes: {what to say: what comes of this mistake}. The first that fits is said.
+    mistakes: {what to say: what comes of this mistake, or a list}. The first that fits is said.
     """
     problem = not_a_tensor(result, expected.shape)
     if problem:
@@ -73,10 +90,42 @@ def differs(result, expected, mistakes={}):
     result = result.to(expected.dtype)
     if torch.allclose(result, expected, rtol=1e-4, atol=1e-6):
         return None
-    for words, wrong in mistakes.items():
-        if torch.allclose(result, wrong.to(expected.dtype), rtol=1e-4, atol=1e-6):
-            return words
+    for words, wrongs in mistakes.items():
+        for wrong in wrongs if isinstance(wrongs, list) else [wrongs]:
+            if torch.allclose(result, wrong.to(expected.dtype), rtol=1e-4, atol=1e-6):
+                return words
     return f"its values differ from ours by up to {(result - expected).abs().max():.3g}"
+
+
+def lost_gradient(result, expected, inputs):
+    """What is wrong with the gradients of a right value, or None. inputs: {name: tensor}."""
+    weight = torch.linspace(1, 2, result.numel()).view(result.shape)
+    for name, tensor in inputs.items():
+        ours = torch.autograd.grad((weight * expected).sum(), tensor, retain_graph=True)[0]
+        theirs = None
+        if result.requires_grad:
+            theirs = torch.autograd.grad((weight * result).sum(), tensor, retain_graph=True,
+                                         allow_unused=True)[0]
+        if theirs is None or not torch.allclose(theirs, ours, rtol=1e-4, atol=1e-6):
+            return (f"the value is right, the gradient of {name} is not: "
+                    "no detach, no torch.no_grad")
+
+
+class Calls(TorchFunctionMode):
+    """While it is on, it notes the PyTorch functions that run, and their first tensor's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self.transforms = []                    # the size of what each Fourier transform takes
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        self.names.append(name)
+        if "fft" in name and not name.endswith(("freq", "shift")):
+            self.transforms.append((args or tuple(kwargs.values()))[0].numel())
+        return function(*args, **kwargs)
 
 
 def source(function):
@@ -90,7 +139,7 @@ def source(function):
 
 @exercise(masking.random_mask)
 def random_mask(answer):
-    for grid, ratio in (4, 0.6), (3, 0.5), (10, 0.07):
+    for grid, ratio in (4, 0.6), (3, 0.6), (4, 0.5), (10, 0.07):
         blocks = grid ** 2
         mask = answer(8, grid, ratio, torch.Generator().manual_seed(0))
         problem = not_a_tensor(mask, (8, grid, grid))
@@ -107,8 +156,14 @@ def random_mask(answer):
         if counts[0] != ours:
             problem = (f"the share of masked blocks is {counts[0] / blocks:g}, not ⌈{ratio}·n²⌉/n² "
                        f"= {ours / blocks:g} (n = {grid})")
-            if counts[0] == blocks - ours:
+            if (grid, ratio) == (4, 0.6) and counts[0] == blocks - ours:
                 problem += ": 1 is masked, 0 visible"
+            elif (grid, ratio) == (4, 0.6) and counts[0] == ours - 1:
+                problem += ": it is rounded down, not up"
+            elif grid == 3 and counts[0] == ours - 1:
+                problem += ": it is rounded to the nearest number, ⌈ ⌉ always rounds up"
+            elif (grid, ratio) == (4, 0.5) and counts[0] == ours + 1:
+                problem += f": {ours} is a whole number, ⌈{ours}⌉ is not {ours} + 1"
             elif grid == 10 and counts[0] == 8:
                 problem += f": {ratio} · {blocks} is {ratio * blocks!r} here; round it before ⌈ ⌉"
             return problem
@@ -135,13 +190,14 @@ def random_mask(answer):
 @exercise(masking.fill)
 def fill(answer):
     g = torch.Generator().manual_seed(0)
-    image = torch.randn(2, 3, 8, 8, generator=g) + torch.randn(2, 3, 1, 1, generator=g)
-    mask = torch.tensor([[[1., 1.], [0., 0.]], [[1., 0.], [0., 0.]]])
+    image = torch.randn(2, 3, 8, 12, generator=g) + torch.randn(2, 3, 1, 1, generator=g)
+    image.requires_grad_()
+    mask = torch.tensor([[[1., 1., 0.], [0., 0., 1.]], [[1., 0., 0.], [0., 1., 0.]]])
     given = image.clone()
     result = answer(given, mask)
     if not torch.equal(given, image):
         return "the image itself was changed: make a new tensor, torch.where does"
-    M = masking.resize(mask, (8, 8))
+    M = masking.resize(mask, (8, 12))
     tiled = mask[:, None].repeat(1, 1, 4, 4)
     mean = image.mean((2, 3), keepdim=True)
     visible = (image * (1 - M)).sum((2, 3), keepdim=True) / (1 - M).sum((2, 3), keepdim=True)
@@ -176,25 +232,22 @@ def fill(answer):
         if problem not in mistakes and not torch.equal(result[(M == 0).expand_as(image)],
                                                        image[(M == 0).expand_as(image)]):
             return f"visible pixels were changed; {problem}"
-    return problem
+    return problem or lost_gradient(result, expected, {"the image": image})
 
 
 @exercise(models.MaskToken.forward)
 def mask_token(answer):
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(2, 5, 4, 4, generator=g)
-    t = torch.randn(5, generator=g)
-    gamma = torch.rand(5, generator=g) + 0.25
-    mask = masking.random_mask(2, 2, 0.5, g)
-    M = masking.resize(mask, (4, 4))
+    z = torch.randn(2, 5, 4, 6, generator=g, requires_grad=True)
+    t = torch.randn(5, generator=g, requires_grad=True)
+    gamma = (torch.rand(5, generator=g) + 0.25).requires_grad_()
+    mask = torch.tensor([[[1., 1., 0.], [0., 0., 1.]], [[1., 0., 0.], [0., 1., 0.]]])
+    M = masking.resize(mask, (4, 6))
     tiled = mask[:, None].repeat(1, 1, 2, 2)
     T = t.view(-1, 1, 1)
     G = gamma.view(-1, 1, 1)
     layer = models.MaskToken(5, gamma=0.0)
-    with torch.no_grad():
-        layer.token.copy_(t)
-        layer.gamma.copy_(gamma)
-        expected = layer(z, mask)
+    expected = torch.func.functional_call(layer, dict(token=t, gamma=gamma), (z, mask))
     given = z.clone()
     result = answer(given, mask, t, gamma)
     if not torch.equal(given, z):
@@ -209,17 +262,20 @@ def mask_token(answer):
         "t was not added: t·M is missing": z * (1 - M) + G * z * M,
         "visible positions got the token, masked ones kept their feature: 1 is masked":
             z * M + G * z * (1 - M) + T * (1 - M),
+        "t and γ are exchanged: γ scales z, t is added": z * (1 - M) + T * z * M + G * M,
         "γ scales the token, ours only the feature": z * (1 - M) + G * z * M + G * T * M,
         "the mask was tiled: each of its blocks covers 2×2 positions (masking.resize)":
             z * (1 - tiled) + G * z * tiled + T * tiled,
     }
-    return differs(result, expected, mistakes)
+    problem = differs(result, expected, mistakes)
+    return problem or lost_gradient(result, expected, {"t": t, "γ": gamma, "z": z})
 
 
 @exercise(models.decoder)
 def rearrange(answer):
     """F.pixel_shuffle is the end of our decoder."""
-    z = torch.arange(2 * 12 * 3 * 5).float().view(2, 12, 3, 5)     # 3 colours, s = 2, 3×5 places
+    z = torch.arange(2 * 12 * 3 * 5).float().view(2, 12, 3, 5)      # 3 colours, s = 2, 3×5 places
+    z.requires_grad_()
     expected = F.pixel_shuffle(z, 2)
     split = z.view(2, 3, 2, 2, 3, 5)                                # (B, C, s, s, h, w)
     colours_last = z.view(2, 2, 2, 3, 3, 5).permute(0, 3, 4, 1, 5, 2)
@@ -232,8 +288,27 @@ def rearrange(answer):
             split.permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 6, 10),
         "colours are mixed up: z holds all s·s channels of the first colour first":
             colours_last.reshape(2, 3, 6, 10),
+        "h and w are exchanged: a picture is h·s rows of w·s pixels": [
+            split.permute(0, 1, 5, 2, 4, 3).reshape(2, 3, 6, 10),
+            split.permute(0, 1, 5, 3, 4, 2).reshape(2, 3, 6, 10)],
     }
-    return differs(answer(z, 2), expected, mistakes)
+    with Calls() as calls:
+        result = answer(z, 2)
+    problem = differs(result, expected, mistakes)
+    if torch.is_tensor(result) and result.shape == (2, 3, 10, 6):
+        return f"{problem}: h and w are exchanged, a picture is h·s rows of w·s pixels"
+    if problem:
+        return problem
+    if "pixel_shuffle" in calls.names:
+        return "the value is right, but by pixel_shuffle itself: do without it"
+    larger = torch.arange(27 * 2 * 4).float().view(1, 27, 2, 4)     # s = 3
+    try:
+        problem = differs(answer(larger, 3), F.pixel_shuffle(larger, 3))
+    except RuntimeError as error:
+        problem = f"it raises {error}"
+    if problem:
+        return f"it is right for s = 2, not for s = 3: {problem}"
+    return lost_gradient(result, expected, {"z": z})
 
 
 def two_transforms(prediction, target):
@@ -244,83 +319,99 @@ def two_transforms(prediction, target):
     return (w / w.max() * power).mean()
 
 
-class Transforms(TorchFunctionMode):
-    """While it is on, it counts Fourier transforms."""
-    count = 0
+def frequency_mistakes(prediction, target):
+    """{what to say: value} of all combinations of mistakes, those with the fewest first."""
+    def transform(d, norm="ortho"):
+        return torch.fft.fft2(d, norm=norm)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        self.count += "fft" in name and not name.endswith(("freq", "shift"))
-        return function(*args, **(kwargs or {}))
+    d = prediction - target
+    each = transform(d).abs()                           # |D| of each image
+    D = transform(d.mean(0)).abs()                       # |D| of the mean spectrum
+    spectra = {
+        "": D,
+        "spectra of the batch were not averaged: the mean over images comes before |·|": each,
+        "amplitudes were averaged: the mean over images is one of complex spectra, before |·|":
+            each.mean(0),
+        "power was averaged: the mean over images is one of complex spectra, before |·|²":
+            each.square().mean(0).sqrt(),
+        "spectra were summed over the batch, not averaged": D * len(d),
+        'the transform is not orthonormal: norm="ortho"': transform(d.mean(0), None).abs(),
+        "the amplitudes' difference |F(x̂)| − |F(x)| forgets the phases: D = F(x̂) − F(x)":
+            (transform(prediction).abs() - transform(target).abs()).mean(0).abs(),
+        "|d| was taken before F: errors of both signs belong to d":
+            transform(d.abs().mean(0)).abs(),
+        "|d| was taken before F, of the mean d: errors of both signs belong to d":
+            transform(d.mean(0).abs()).abs(),
+        "each column of rfft2 counts once; all but the first and last stand for two":
+            D[..., :D.shape[-1] // 2 + 1],
+    }
+    weights = {
+        "": torch.log1p,
+        "w is |D|, not log(1 + |D|)": torch.abs,
+        "w is log(1 + |D|²), not log(1 + |D|)": lambda D: D.square().log1p(),
+        "w is missing": torch.ones_like,
+    }
+    maxima = {
+        "": lambda w: w.amax(),
+        "w is divided by the maximum of each channel, ours by one over all channels and "
+        "frequencies": lambda w: w.amax((-2, -1), keepdim=True),
+        "w is divided by the maximum of each image": lambda w: w.amax((-3, -2, -1), keepdim=True),
+        "w is not divided by its maximum": lambda w: 1,
+    }
+    powers = {"": torch.square, "|D| is not squared: w·|D|²": torch.abs}
+    totals = {"": torch.mean, "it is the sum over frequencies, not the mean": torch.sum}
+    mistakes = {}
+    tables = [table.items() for table in (spectra, weights, maxima, powers, totals)]
+    for combination in itertools.product(*tables):
+        (_, D), (_, weight), (_, maximum), (_, power), (_, total) = combination
+        said = tuple(words for words, _ in combination if words)
+        w = weight(D)
+        mistakes[said] = total(w / maximum(w) * power(D))
+    return {"; ".join(said): mistakes[said] for said in sorted(mistakes, key=len) if said}
 
 
 def frequency(answer):
-    """(What is wrong with a frequency loss, or None; how many transforms it takes)."""
+    """(What is wrong with a frequency loss, or None; the sizes of its transforms' inputs)."""
     g = torch.Generator().manual_seed(0)
     target = torch.randn(4, 3, 8, 8, generator=g, dtype=torch.float64)
     prediction = torch.randn(4, 3, 8, 8, generator=g, dtype=torch.float64) + target / 2
     prediction.requires_grad_()
-    with Transforms() as transforms:
+    with Calls() as calls:
         result = answer(prediction, target)
+    sizes = calls.transforms
     problem = not_a_tensor(result, ())
     if problem:
-        return problem, transforms.count
+        return problem, sizes
     if result.is_complex():
-        return "it is complex: |D| is real", transforms.count
-
-    d = prediction.detach() - target
-    each = torch.fft.fft2(d, norm="ortho").abs()        # |D| of each image
-    D = torch.fft.fft2(d.mean(0), norm="ortho").abs()   # |D| of the mean spectrum
-    plain = torch.fft.fft2(d.mean(0)).abs()             # not orthonormal
-    half = D[..., :5]                                   # what rfft2 returns
-    amplitudes = [torch.fft.fft2(x, norm="ortho").abs() for x in (prediction.detach(), target)]
-    lost = (amplitudes[0] - amplitudes[1]).mean(0).abs()
-    log = D.log1p()
-    mistakes = {
-        "spectra of the batch were not averaged: the mean over images comes before |·|":
-            (each.log1p() / each.log1p().max() * each ** 2).mean(),
-        "amplitudes were averaged: the mean over images is one of complex spectra, before |·|":
-            (each.mean(0).log1p() / each.mean(0).log1p().max() * each.mean(0) ** 2).mean(),
-        'the transform is not orthonormal: norm="ortho"':
-            (plain.log1p() / plain.log1p().max() * plain ** 2).mean(),
-        "w is |D|, not log(1 + |D|)": (D / D.max() * D ** 2).mean(),
-        "w is missing": (D ** 2).mean(),
-        "w is log(1 + |D|²), not log(1 + |D|)":
-            ((D ** 2).log1p() / (D ** 2).log1p().max() * D ** 2).mean(),
-        "w is not divided by its maximum": (log * D ** 2).mean(),
-        "w is divided by the maximum of each channel, ours by that of all of them":
-            (log / log.amax((1, 2), keepdim=True) * D ** 2).mean(),
-        "|D| is not squared: w·|D|²": (log / log.max() * D).mean(),
-        "it is the sum over frequencies, not the mean": (log / log.max() * D ** 2).sum(),
-        "the amplitudes' difference |F(x̂)| − |F(x)| forgets the phases: D = F(x̂) − F(x)":
-            (lost.log1p() / lost.log1p().max() * lost ** 2).mean(),
-        "each column of rfft2 counts once; all but the first and last stand for two":
-            (half.log1p() / half.log1p().max() * half ** 2).mean(),
-    }
+        return "it is complex: |D| is real", sizes
     expected = losses.frequency_loss(prediction, target)
+    mistakes = frequency_mistakes(prediction.detach(), target)
     problem = differs(result.detach(), expected.detach(), mistakes)
     if problem:
-        return problem, transforms.count
+        return problem, sizes
     if not result.requires_grad:
-        return "the value is right, but has no gradient", transforms.count
+        return "the value is right, but has no gradient", sizes
     ours = torch.autograd.grad(expected, prediction)[0]
     gradient = torch.autograd.grad(result, prediction)[0]
     if not torch.allclose(gradient, ours, rtol=1e-4, atol=1e-8):
-        return "the value is right, the gradient not: w is a weight, detach it", transforms.count
-    return None, transforms.count
+        return "the value is right, the gradient not: w is a weight, detach it", sizes
+    return None, sizes
 
 
 @exercise(two_transforms)
 def frequency_two(answer):
-    problem, count = frequency(answer)
+    problem, sizes = frequency(answer)
     return problem
 
 
 @exercise(losses.focal_frequency)
 def frequency_one(answer):
-    problem, count = frequency(answer)
-    if problem is None and count != 1:
-        problem = f"the value is right, with {count} transforms: F(x̂) − F(x) = F(x̂ − x) needs one"
+    problem, sizes = frequency(answer)
+    if problem is None and len(sizes) != 1:
+        return (f"the value is right, with {len(sizes)} transforms: F(x̂) − F(x) = F(x̂ − x) "
+                "needs one")
+    if problem is None and sizes[0] > 3 * 8 * 8:                # more than one image
+        return Remark("the mean over the batch can come before F, too")
     return problem
 
 
@@ -378,7 +469,7 @@ def head_divergence(answer):
 
 @exercise(analyze.cka_of)
 def cka(answer):
-    """answer(x (n, C), y (n, K)) -> a number; two layers' features of the same n images."""
+    """answer(x (n, C₁), y (n, C₂)) -> a number; two layers' features of the same n images."""
     draw = torch.Generator().manual_seed(0)
     x = 1 + torch.randn(12, 6, generator=draw)
     y = x[:, :4] @ torch.randn(4, 5, generator=draw)
@@ -424,7 +515,6 @@ def drop_patches(answer):
         "it fills in each image's own mean, as A²MIM does: here it is the data set's, which is 0 "
         "in normalised images": masking.fill(image, mask, "mean"),
     })
-
 
 
 # ---- 3_is_it_worth_it.py
@@ -512,8 +602,10 @@ def smallest_difference(answer):
 
 @exercise(masking.random_mask)
 def own_mask(answer):
-    """answer(batch, grid, ratio, generators) -> (B, grid, grid), 1 = masked. Any mask is right that
-    training can use: its share may differ from the ratio."""
+    """answer(batch, grid, ratio, generators) -> (B, grid, grid), 1 = masked.
+
+    Any mask is right that training can use: its share may differ from the ratio.
+    """
     def draw(batch, grid, seed):
         draws = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
         return answer(batch, grid, 0.5, draws)
@@ -557,8 +649,8 @@ def own_encoder(answer):
     layers = list(encoder.layers)
     for part in ("widths", "strides"):
         if len(getattr(encoder, part)) != len(layers) + 1:
-            return (f"{part} has {len(getattr(encoder, part))} entries for {len(layers)} layers: it "
-                    "needs one for what enters each layer, and one for what leaves the last")
+            return (f"{part} has {len(getattr(encoder, part))} entries for {len(layers)} layers: "
+                    "it needs one for what enters each layer, and one for what leaves the last")
     known = {id(parameter) for parameter in encoder.parameters()}
     modules = [layer for layer in layers if isinstance(layer, torch.nn.Module)]
     if any(id(parameter) not in known for layer in modules for parameter in layer.parameters()):

@@ -15,7 +15,8 @@ import torch
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "notebooks")]
 
-import jupytext
+jupytext = pytest.importorskip("jupytext")
+pytest.importorskip("nbclient")
 
 import analyze
 import build
@@ -74,16 +75,32 @@ def mutated(function, old, new, times=1):
 
 
 def shuffle(z, s):
-    """The end of our decoder."""
-    return models.decoder(1, s)[1](z)
+    """PixelShuffle, the end of our decoder, without it."""
+    B, C, h, w = z.shape
+    blocks = z.view(B, C // s ** 2, s, s, h, w)
+    return blocks.permute(0, 1, 4, 2, 5, 3).reshape(B, C // s ** 2, h * s, w * s)
+
+
+def shuffle_wh(z, s):
+    """h and w exchanged."""
+    B, C, h, w = z.shape
+    blocks = z.view(B, C // s ** 2, s, s, h, w)
+    return blocks.permute(0, 1, 5, 2, 4, 3).reshape(B, C // s ** 2, w * s, h * s)
 
 
 def with_token(Token):
     def mask_token(z, mask, t, gamma):
         layer = Token(len(t), gamma=0.0)
-        layer.load_state_dict(dict(token=t, gamma=gamma))
-        return layer(z, mask)
+        return torch.func.functional_call(layer, dict(token=t, gamma=gamma), (z, mask))
     return mask_token
+
+
+our_token = with_token(models.MaskToken)
+
+
+@torch.no_grad()
+def token_without_gradient(z, mask, t, gamma):
+    return our_token(z, mask, t, gamma)
 
 
 def spectra(prediction, target):
@@ -95,10 +112,13 @@ def bernoulli(batch, grid, ratio, generator):
     return (torch.rand(batch, grid, grid, generator=generator) < ratio).float()
 
 
-def rounded_down(batch, grid, ratio, generator):
-    score = torch.rand(batch, grid * grid, generator=generator)
-    rank = score.argsort(1).argsort(1)
-    return (rank < int(ratio * grid * grid)).float().view(batch, grid, grid)
+def masked_by(count):
+    """A mask of count(ratio · grid²) blocks."""
+    def mask(batch, grid, ratio, generator):
+        score = torch.rand(batch, grid * grid, generator=generator)
+        rank = score.argsort(1).argsort(1)
+        return (rank < count(ratio * grid * grid)).float().view(batch, grid, grid)
+    return mask
 
 
 def in_a_row(batch, grid, ratio, generator):
@@ -123,11 +143,15 @@ def visible_mean(image, mask):
     return image * (1 - M) + mean * M
 
 
-def whole_loss(D, w=None):
+def whole_loss(D, w=None, over=None):
     power = D.abs() ** 2
     if w is None:
         w = power.detach().sqrt().log1p()
-    return (w / w.max() * power).mean()
+    return (w / (w.amax(over, keepdim=True) if over else w.max()) * power).mean()
+
+
+def fft(d):
+    return torch.fft.fft2(d, norm="ortho")
 
 
 def columns(g):
@@ -144,7 +168,10 @@ EXERCISES = {
     "random_mask": (masking.random_mask,
                     mutated(masking.random_mask, "ceil(round", "floor(round"), [
         (bernoulli, "changes from image to image"),
-        (rounded_down, "the share of masked blocks is 0.5625, not ⌈0.6·n²⌉/n² = 0.625"),
+        (masked_by(int), "is 0.5625, not ⌈0.6·n²⌉/n² = 0.625 .*: it is rounded down, not up"),
+        (masked_by(round), "rounded to the nearest"),
+        (masked_by(lambda n: int(n + 0.5)), "rounded to the nearest"),
+        (masked_by(lambda n: int(n) + 1), "⌈8⌉ is not 8 . 1"),
         (lambda *a: 1 - masking.random_mask(*a), "is 0.375, .*: 1 is masked, 0 visible"),
         (mutated(masking.random_mask, "round(ratio * n, 6)", "ratio * n"),
          "is 0.08, .*0.07 · 100 is 7.000000000000001"),
@@ -160,20 +187,37 @@ EXERCISES = {
         (lambda x, m: x * (1 - M_of(m, x)), "masked pixels are 0"),
         (lambda x, m: masking.fill(x, 1 - m), "1 is masked"),
         (lambda x, m: masking.fill(2 * x, m), "visible pixels were changed"),
-        (lambda x, m: x.mul_(1 - M_of(m, x)), "the image itself was changed")]),
-    "mask_token": (with_token(models.MaskToken),
+        (lambda x, m: x.mul_(1 - M_of(m, x)), "the image itself was changed"),
+        (lambda x, m: masking.fill(x, m.mT), "resize M first, rows before columns"),
+        (lambda x, m: torch.where(masking.resize(m, x.shape[:1:-1]) > 0, 0, x), "rows before"),
+        (lambda x, m: masking.fill(x.detach(), m), "the gradient of the image is not"),
+        (lambda x, m: torch.where(m > 0, 0, x), "it raises RuntimeError.*resize M first")]),
+    "mask_token": (our_token,
                    with_token(mutated(models.MaskToken, "gamma * z * M", "gamma * z")), [
         (lambda z, m, t, g: z + columns(t) * M_of(m, z), "γ is missing"),
         (lambda z, m, t, g: z * (1 - M_of(m, z)) + columns(t) * M_of(m, z), "γ·z·M is missing"),
         (lambda z, m, t, g: z * (1 - M_of(m, z)) + columns(g) * z * M_of(m, z) + columns(t),
          "t was added everywhere"),
-        (lambda z, m, t, g: with_token(models.MaskToken)(z, 1 - m, t, g), "1 is masked")]),
+        (lambda z, m, t, g: our_token(z, 1 - m, t, g), "1 is masked"),
+        (lambda z, m, t, g: our_token(z, m, g, t), "t and γ are exchanged"),
+        (lambda z, m, t, g: our_token(z, m, t.detach(), g), "the gradient of t is not"),
+        (lambda z, m, t, g: our_token(z, m, t, g.detach()), "the gradient of γ is not"),
+        (lambda z, m, t, g: our_token(z.detach(), m, t, g), "the gradient of z is not"),
+        (token_without_gradient, "the gradient of t is not"),
+        (lambda z, m, t, g: z + columns(t) * masking.resize(m, z.shape[:1:-1]), "resize M first"),
+        (lambda z, m, t, g: z + t * M_of(m, z), r"RuntimeError.*\[:, None, None\]")]),
     "rearrange": (shuffle, lambda z, s: shuffle(z, s).flip(1), [
         (lambda z, s: z.reshape(2, 3, 6, 10), "a plain reshape"),
         (lambda z, s: shuffle(z.unflatten(1, (3, s, s)).transpose(2, 3).flatten(1, 3), s),
          "rows and columns are swapped"),
         (lambda z, s: shuffle(z.unflatten(1, (s * s, 3)).transpose(1, 2).flatten(1, 2), s),
-         "colours are mixed up")]),
+         "colours are mixed up"),
+        (shuffle_wh, "h and w are exchanged"),
+        (lambda z, s: shuffle_wh(z, s).view_as(shuffle(z, s)), "h and w are exchanged"),
+        (torch.nn.functional.pixel_shuffle, "by pixel_shuffle itself"),
+        (lambda z, s: torch.nn.PixelShuffle(s)(z), "by pixel_shuffle itself"),
+        (lambda z, s: shuffle(z, 2), "right for s = 2, not for s = 3"),
+        (lambda z, s: shuffle(z.detach(), s), "the gradient of z is not")]),
     "frequency_two": (checks.two_transforms,
                       mutated(losses.focal_frequency, "c * w * power", "w * power"), [
         (lambda p, x: (spectra(p, x).abs() ** 2).mean(), "w is missing"),
@@ -184,6 +228,18 @@ EXERCISES = {
                                   - torch.fft.fft2(x, norm="ortho").abs()).mean(0)), "the phases"),
         (lambda p, x: whole_loss(spectra(p, x), spectra(p, x).abs().log1p()), "detach"),
         (lambda p, x: whole_loss(torch.fft.rfft2((p - x).mean(0), norm="ortho")), "stand for two"),
+        (lambda p, x: whole_loss(fft((p - x).mean(0)), over=(1, 2)), "the maximum of each channel"),
+        (lambda p, x: whole_loss(fft(p - x), over=(2, 3)), "not averaged.*; .*of each channel"),
+        (lambda p, x: whole_loss(fft((p - x).mean(0)), over=(1, 2)) * 192, "each channel.*the sum"),
+        (lambda p, x: whole_loss(fft(p - x).abs(), fft(p - x).abs(), (1, 2, 3)),
+         r"not averaged.*; w is \|D\|, .*; .*of each image"),
+        (lambda p, x: whole_loss(fft((p - x).sum(0))), "summed over the batch"),
+        (lambda p, x: whole_loss(fft(p - x).abs().square().mean(0).sqrt()), "power was averaged"),
+        (lambda p, x: whole_loss(fft((p - x).abs().mean(0))), "before F"),
+        (lambda p, x: whole_loss(fft((p - x).mean(0).abs())), "before F, of the mean"),
+        (lambda p, x: whole_loss(fft((p - x).mean(0)), fft((p - x).mean(0)).abs()), "w is .D.,"),
+        (lambda p, x: whole_loss(fft((p - x).mean(0)).abs().sqrt(),
+                                 fft((p - x).mean(0)).abs().log1p()), "not squared"),
         (lambda p, x: checks.two_transforms(p, x).detach(), "has no gradient")]),
     "frequency_one": (losses.frequency_loss,
                       mutated(losses.frequency_loss, "pred - target", "pred + target"), [
@@ -195,7 +251,7 @@ EXERCISES = {
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_exercises_name_the_mistake(name, capsys):
+def test_exercises_of_notebook_1_name_the_mistake(name, capsys):
     right, mutant, mistakes = EXERCISES[name]
     checks.check(name, right)
     said = capsys.readouterr().out
@@ -220,6 +276,12 @@ def test_unfinished_exercises_say_so(name, capsys):
     assert capsys.readouterr().out == f"{name}: not written yet: replace the dots\n"
     checks.check(name, broken)
     assert "it raises IndexError" in capsys.readouterr().out
+
+
+def test_a_transform_of_the_whole_batch_is_right_too(capsys):
+    checks.check("frequency_one", lambda p, x: whole_loss(fft(p - x).mean(0)))
+    said = capsys.readouterr().out
+    assert "right; the mean over the batch can come before F, too. Ours: losses.py" in said
 
 
 def test_source_shows_file_and_line(capsys):
@@ -285,6 +347,10 @@ class Unseen(Plain):
         self.layers = layers
 
 
+def changed(**attributes):
+    return type("", (Plain,), attributes)
+
+
 def vit(img_size):
     return models.build("vit_nano", img_size).encoder
 
@@ -306,7 +372,8 @@ RIGHT = [
     ("attention_distance", measure(0)), ("head_divergence", measure(2)), ("cka", cka_by()),
     ("cka", lambda x, y: cka_by()(x, y).item()),
     ("drop_patches", lambda image, mask: masking.fill(image, mask, "zero")),
-    ("paired_interval", lambda a, b: gain_by()(a, b)[:2]), ("smallest_difference", differences_by()),
+    ("paired_interval", lambda a, b: gain_by()(a, b)[:2]),
+    ("smallest_difference", differences_by()),
     ("own_mask", masking.random_mask), ("own_mask", square_mask), ("own_mask", checkerboard),
     ("own_encoder", models.ResNet), ("own_encoder", Plain), ("own_encoder", vit)]
 
@@ -372,6 +439,11 @@ def t_half(a, b, t=2.776, ddof=1, root=5 ** 0.5):
     return d.mean(), t * d.std(ddof=ddof) / root
 
 
+def ends(a, b):
+    mean, half = t_half(a, b)
+    return mean - half, mean + half
+
+
 def unpaired(a, b):
     return t_half(a, b)[0], 2.776 * math.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 5)
 
@@ -410,21 +482,23 @@ WRONG = [  # exercise, answer, words that name the mistake
     ("paired_interval", lambda a, b: t_half(a, b, t=1.96), "1.96 is for many seeds"),
     ("paired_interval", lambda a, b: t_half(a, b, t=sweep.STUDENT[5][0]), "degrees of freedom"),
     ("paired_interval", lambda b, a: t_half(a, b), "sign"),
-    ("paired_interval", lambda a, b: t_half(a, b)[0] + t_half(a, b)[1] * np.array([-1, 1]), "two numbers"),
-    ("paired_interval", lambda a, b: (sum(t_half(a, b)) - 2 * t_half(a, b)[1], sum(t_half(a, b))), "ends"),
+    ("paired_interval", lambda a, b: np.array(ends(a, b)), "two numbers"),
+    ("paired_interval", lambda a, b: ends(a, b), "ends"),
     ("smallest_difference", lambda d: t_half(d, np.zeros(5))[1], "80 % quantile"),
     ("smallest_difference", lambda d: (2.776 + 0.941) * np.std(d, ddof=1), "√n"),
     ("smallest_difference", lambda d: 2.8 * np.std(d, ddof=1) / 5 ** 0.5, "many seeds"),
     ("smallest_difference", lambda d: (2.776 + 0.941) * np.std(d) / 5 ** 0.5, "n − 1"),
-    ("own_mask", lambda b, n, r, g: masking.random_mask(1, n, r, g[:1])[0], "each image has its own"),
+    ("own_mask", lambda b, n, r, g: masking.random_mask(1, n, r, g[:1])[0],
+     "each image has its own"),
     ("own_mask", lambda b, n, r, g: masking.random_mask(b, n, r, g)[:, None], "without channels"),
     ("own_mask", lambda b, n, r, g: torch.ones(b, n, n), "no visible block"),
     ("own_mask", lambda b, n, r, g: torch.zeros(b, n, n), "no masked block"),
-    ("own_mask", lambda b, n, r, g: 2 * masking.random_mask(b, n, r, g) - 1, "1 is masked, 0 is visible"),
+    ("own_mask", lambda b, n, r, g: 2 * masking.random_mask(b, n, r, g) - 1,
+     "1 is masked, 0 is visible"),
     ("own_mask", lambda b, n, r, g: masking.random_mask(b, n, r), "same generators"),
-    ("own_encoder", lambda size: type("", (Plain,), dict(wide=[8, 16]))(size), "needs one for what enters"),
-    ("own_encoder", lambda size: type("", (Plain,), dict(wide=[8, 16, 16]))(size), "has 8 channels"),
-    ("own_encoder", lambda size: type("", (Plain,), dict(shrink=[4, 4, 4]))(size), "what leaves the last"),
+    ("own_encoder", changed(wide=[8, 16]), "needs one for what enters"),
+    ("own_encoder", changed(wide=[8, 16, 16]), "has 8 channels"),
+    ("own_encoder", changed(shrink=[4, 4, 4]), "what leaves the last"),
     ("own_encoder", Unseen, "nn.ModuleList"),
     ("own_encoder", lambda size: torch.nn.ModuleDict(dict(stem=Plain(size))), "no model.Encoder"),
     ("own_encoder", lambda: None, "it raises TypeError"),
@@ -440,7 +514,8 @@ def test_exercises_name_the_mistake(name, answer, words, capsys):
 @pytest.mark.parametrize("script", ["2_what_it_learned", "3_is_it_worth_it"])
 def test_unfinished_exercises_of_notebooks_2_and_3_say_so(script, capsys):
     text = (HERE / f"notebooks/{script}.py").read_text()
-    stubs = re.findall(r"# %%\n((?:def|class) [^%]*?# your turn\n)\n\ncheck\(\"(\w+)\", (\w+)\)", text, re.S)
+    stub = r"# %%\n((?:def|class) [^%]*?# your turn\n)\n\ncheck\(\"(\w+)\", (\w+)\)"
+    stubs = re.findall(stub, text, re.S)
     assert len(stubs) == text.count("# your turn") == 4
     for stub, name, answer in stubs:
         names = dict(models=models)
