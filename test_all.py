@@ -1968,7 +1968,7 @@ def test_evidence_is_trained_as_designed(monkeypatch):
         pairs.setdefault((table, arch, part, seed), []).append(cfg | how)
     assert all(config == configs[0] for configs in pairs.values() for config in configs)
     arms = [len(configs) for configs in pairs.values()]
-    assert [arms.count(n) for n in (4, 3, 8)] == [2 * (3 * 4 + 2 * 6), 2 * 3 * 4, 4]
+    assert [arms.count(n) for n in (4, 3, 8)] == [2 * (3 * 4 + 2 * 6), 2 * 3 * 4 + 2, 4]
 
     # pre-training: a rung of the ladder changes one thing of the preset
     preset, _ = parsed("world/resnet_nano/a2mim/pretrain/seed0", monkeypatch)
