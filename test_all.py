@@ -1432,10 +1432,10 @@ def test_compiled_models_are_the_eager_ones(arch, compiling):
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes: SLOW=1")
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano", "timm/convnextv2_atto"])
 def test_inductor(arch, compiling):
-    """Loss and gradients of what Inductor makes of it."""
+    """Loss and gradients of what Inductor makes of it, in float64: batch norms enlarge rounding."""
     size = 64
-    model = random_weights(models.build(arch, size)).train()
-    image = torch.randn(4, 3, size, size)
+    model = random_weights(models.build(arch, size)).double().train()
+    image = torch.randn(4, 3, size, size).double()
     mask = masking.random_mask(4, 2, 0.6)
     results = []
     for replica in (model, torch.compile(model, fullgraph=True, dynamic=False)):
@@ -1445,7 +1445,7 @@ def test_inductor(arch, compiling):
         model.load_state_dict(state)                        # batch norm's statistics
         results.append([loss, *[g for g in gradients if g is not None]])
     for compiled, eager in zip(*results[::-1], strict=True):
-        assert relative(compiled, eager) < 1e-3 or eager.norm() < 1e-6
+        assert relative(compiled, eager) < 1e-6 or eager.norm() < 1e-9
 
 
 # ---- analyze.py: the formulas
