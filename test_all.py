@@ -60,6 +60,7 @@ import train
 import weights
 from extras import prepare, stats, sweep, tables
 
+SLOW = bool(os.environ.get("SLOW"))
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "shared" / "golden"
 
@@ -1429,7 +1430,7 @@ def test_compiled_models_are_the_eager_ones(arch, compiling):
     assert_same(*gradients)
 
 
-@pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes: SLOW=1")
+@pytest.mark.skipif(not SLOW, reason="compiling takes minutes: SLOW=1")
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano", "timm/convnextv2_atto"])
 def test_inductor(arch, compiling):
     """Loss and gradients of what Inductor makes of it, in float64: batch norms enlarge rounding."""
@@ -1927,8 +1928,8 @@ def test_tables_are_replaced_not_repeated(tmp_path, monkeypatch):
     (tmp_path / "x.json").write_text(json.dumps(result))
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     once = tables.fill_in("Before.\n\n<!-- table: x -->\n\n`vit_nano` after.\n")
-    assert once == ("Before.\n\n<!-- table: x -->\n`python bench.py loss`\n(a chip):\n\n| how | batch |\n"
-                    "|---|---|\n| a | 2 |\n| b | 2 |\n\n`vit_nano` after.\n")
+    assert once == ("Before.\n\n<!-- table: x -->\n`python bench.py loss`\n(a chip):\n\n"
+                    "| how | batch |\n|---|---|\n| a | 2 |\n| b | 2 |\n\n`vit_nano` after.\n")
     assert tables.fill_in(once) == once
 
 
@@ -2071,7 +2072,7 @@ def test_checkpoints_give_what_is_said(path, tmp_path):
                                      cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
         loss = train.validate(model, criterion, images, masks, cfg, 32)
         assert loss == pytest.approx(original["val_loss"], rel=0.01)
-    if os.environ.get("SLOW"):
+    if SLOW:
         run = f"world/{arch}/{arm}/mask-256/seed0"
         argv = sweep.command(run, SWEEP)[1:]
         again = tune(tmp_path / "cell", *argv, "--init", path, "--out", tmp_path / "cell")
@@ -3145,7 +3146,6 @@ def test_processes_fail_together(tmp_path):
 # ---- a run that survives
 # SLOW=1 python -m pytest -q -s -k survives         as often as it takes to believe it
 
-SLOW = bool(os.environ.get("SLOW"))
 LIVELY = [*TINY, "--batch-size", "8", "--micro-batch", "4", "--drop-path", "0.2", "--epochs", "2"]
 
 
