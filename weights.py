@@ -342,7 +342,7 @@ def main(argv=None):
     library = "model" if args.to == "encoder" else args.to
     strict = ", strict=False" if missing else ""
     if missing:
-        print(f"Not in it: {', '.join(missing)}. model.forward_features(image) needs none of them.")
+        print(f"Not in it, so left at timm's first values: {', '.join(missing)}")
     print(f"{args.out}: {len(state)} tensors. To load them:\n"
           f"  import torch, {library}\n  model = {call}\n"
           f"  model.load_state_dict(torch.load({args.out!r}, weights_only=True){strict})")

@@ -43,14 +43,14 @@ def problem(name):
     next multiple of 64 px; "" if nothing is. On the meta device: shapes only."""
     size = timm.get_pretrained_cfg(name).input_size[-1]
     try:
+        models.preset(f"timm/{name}")                   # raises for what is no sequence
         with torch.device("meta"), torch.no_grad():
-            try:
-                encoder = models.build(f"timm/{name}", size).encoder.eval()
-            except ValueError as error:
-                if "no sequence" in str(error):
-                    raise
+            encoder = models.Timm(size, name=name)
+            if size % encoder.stride:
                 size += -size % 64
-                encoder = models.build(f"timm/{name}", size).encoder.eval()
+                encoder = models.Timm(size, name=name)
+            encoder.check()
+            encoder.eval()
             z = encoder.stem(torch.empty(1, 3, size, size))
             for i, layer in enumerate([*encoder.layers, torch.nn.Identity()]):
                 side = size // encoder.strides[i]
