@@ -4,6 +4,7 @@ B, C, H, W: images, channels, rows, columns; h, w: rows and columns of a feature
 of a ViT and their width; n: its patches a side. A mask is (B, h, w), 1 = masked. Wherever images
 have 3 channels here, an encoder built for others has its own number.
 """
+import contextlib
 import functools
 import inspect
 import math
@@ -198,6 +199,12 @@ class Encoder(nn.Module):
     @property
     def stride(self):
         return self.strides[-1]
+
+    def check(self):
+        """Raises ValueError for a size of images that the encoder does not take, or not evenly."""
+        if self.img_size % self.stride:
+            raise ValueError(f"img_size {self.img_size} is not a multiple of the encoder's stride "
+                             f"{self.stride}")
 
     def forward(self, image):
         z = self.stem(image)
@@ -544,22 +551,18 @@ class Timm(Encoder):
     def __init__(self, img_size=224, *, channels=3, name, drop_path=0.0):
         super().__init__()
         options = dict(in_chans=channels, drop_path_rate=drop_path or None)     # None: not passed on
-        try:
-            net, self.size_option = timm_model(name, img_size, features_only=True, **options)
-        except TypeError:
-            raise ValueError(f"timm's {name} has no drop path: set it to 0") from None
+        net, self.fixed_size = timm_model(name, img_size, features_only=True, **options)
         if type(net).__name__ != "FeatureListNet":
             raise ValueError(f"timm's {name} is no sequence of modules; convnextv2_atto, regnety_004 "
                              "and swin_tiny_patch4_window7_224 are")
         self.name = name
         self.channels = channels
         self.img_size = img_size
-        self.fixed_size = bool(self.size_option)
         self.widths = net.feature_info.channels()
         self.strides = net.feature_info.reduction()
 
         with torch.device("meta"):
-            whole, _ = timm_model(name, img_size)
+            whole = timm_model(name, img_size)[0]
         path_of = {path.replace(".", "_"): path for path, _ in whole.named_modules()}
         channels_last = net.output_fmt.value == "NHWC"
         self.stem = Piece(False, channels_last)
@@ -577,22 +580,20 @@ class Timm(Encoder):
         self.missing = [name for name in whole.state_dict() if not name.startswith(there)
                         and not name.endswith("num_batches_tracked")]       # PyTorch adds it
         self.classifier = whole.pretrained_cfg["classifier"]
-        is_linear = self.missing == [f"{self.classifier}.weight", f"{self.classifier}.bias"]
-        self.head_shape = None
-        if is_linear and not hasattr(whole, "final_act"):       # of NFNets, before the mean
-            self.head_shape = whole.get_parameter(self.missing[0]).shape[1:]
+        weight, bias = f"{self.classifier}.weight", f"{self.classifier}.bias"
+        is_ours = self.missing == [weight, bias] and not hasattr(whole, "final_act")    # of NFNets
+        self.head_shape = whole.get_parameter(weight).shape[1:] if is_ours else None
 
     def check(self):
-        """Raises ValueError for a size of images that the model does not take, or not evenly."""
+        super().check()
         z = torch.zeros(1, self.channels, self.img_size, self.img_size)
         side = self.img_size // self.stride
-        try:
-            with torch.no_grad():
-                fits = self.eval()(z).shape[-2:] == (side, side)
-        except (AssertionError, AttributeError, RuntimeError):  # of a size; of lists for maps
-            fits = False
+        shape = None
+        # what models raise for a size, and for lists where maps should be
+        with torch.no_grad(), contextlib.suppress(AssertionError, AttributeError, RuntimeError):
+            shape = self.eval()(z).shape[-2:]
         self.train()
-        if not fits:
+        if shape != (side, side):
             raise ValueError(f"timm's {self.name} makes no map of {side}×{side} of images of "
                              f"{self.img_size} px: try another size, or model")
 
@@ -613,18 +614,17 @@ class Piece(nn.ModuleList):
 
 
 def timm_model(name, img_size, **options):
-    """(timm.create_model(name, …), the option that tells it the size of images). Raises ValueError."""
+    """(timm.create_model(name, …), whether it is built for one size of images). Raises ValueError."""
     try:
         import timm
     except ImportError:
         raise ValueError(f"timm/{name} needs timm: pip install timm") from None
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: see timm.list_models()")
-    size = dict(img_size=img_size)
-    try:
-        return timm.create_model(name, **size, **options), size
-    except TypeError:                                           # CNNs take any size
-        return timm.create_model(name, **options), {}
+    for size in (dict(img_size=img_size), {}):                  # CNNs are not told the size
+        with contextlib.suppress(TypeError):
+            return timm.create_model(name, **size, **options), bool(size)
+    raise ValueError(f"timm's {name} has no drop path: set it to 0")
 
 
 @functools.cache
@@ -635,8 +635,7 @@ def timm_preset(name):
         encoder = Timm(name=name)
     kinds = " ".join(type(module).__name__ for module in encoder.modules())
     like = "resnet50" if "BatchNorm" in kinds else "convnext_t"
-    layer = len(encoder.layers) - 1
-    return dict(encoder=Timm, name=name, mask_layer=layer, gamma=1e-6, like=like)
+    return dict(encoder=Timm, name=name, mask_layer=len(encoder.layers) - 1, gamma=1e-6, like=like)
 
 
 # ---- presets
@@ -709,9 +708,5 @@ def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **overr
         raise ValueError(f"{arch} has no {', '.join(unknown)}: choose from {', '.join(known)}")
 
     encoder = make_encoder(img_size, **options)
-    if img_size % encoder.stride:
-        raise ValueError(f"img_size {img_size} is not a multiple of the encoder's stride "
-                         f"{encoder.stride}")
-    if make_encoder is Timm:
-        encoder.check()
+    encoder.check()
     return A2MIM(encoder, **method)

@@ -31,11 +31,12 @@ NANO = COSINE | dict(  # ours; mask_size None: 4 blocks a side
     epochs=8, img_size=64, batch_size=32, micro_batch=32, lr=dict(a2mim=3e-3, simmim=3e-3),
     warmup_epochs=1, mask_size=None)
 
+
 class Recipes(dict):
-    """Rows by architecture; timm/NAME has the row of the preset that it is like."""
+    """Rows by architecture; what has none has that of the preset which it is like."""
 
     def __missing__(self, arch):
-        return self[models.like(arch)]
+        return self[models.preset(arch)["like"]]
 
 
 RECIPES = Recipes({
@@ -56,7 +57,6 @@ RECIPES = Recipes({
     "convnext_s": CONVNEXT,
     "convnext_b": CONVNEXT,
 })
-RECIPES |= {arch: RECIPES[models.like(arch)] for arch in models.PRESETS}
 IMAGENET100 = {"deit_t": DEIT, "deit_s": DEIT}  # published: deit_s and resnet50
 for arch in ("resnet18", "resnet34", "resnet50"):
     IMAGENET100[arch] = RESNET | dict(epochs=800, img_size=192)
@@ -99,7 +99,7 @@ def name_or_none(text):
 
 OPTIONS = {  # the configuration: what --print-config shows
     "arch": Option(str, "architecture, and with it the recipe: timm/NAME, if timm is installed, or "
-                   + ", ".join(RECIPES)),
+                   + ", ".join(models.PRESETS)),
     "method": Option(str, "published method, or baseline", choices=tuple(METHODS)),
     "data": Option(str, "a folder of images, of class folders, or of train/ and val/ with those; a "
                    ".tar of one; a folder of .tar shards; or " + ", ".join(data.SOURCES)),
@@ -225,7 +225,7 @@ def start_from(args, given):
     known = weights.run_of(checkpoint or {})
     if checkpoint and "arch" not in given and "arch" not in known:
         raise ValueError(f"{args.init} does not say which architecture it holds: "
-                         f"give --arch, one of {', '.join(RECIPES)}")
+                         f"give --arch, one of {', '.join(models.PRESETS)}")
     arch = given.get("arch") or known.get("arch", "vit_nano")
     models.preset(arch)  # is there one?
     if known.get("arch", arch) != arch:

@@ -277,14 +277,13 @@ def export(source, to, arch=None, img_size=None):
         unused = ["norm"] if "fc_norm.weight" in state else []
         state = encoder.state_dict()
     elif to == "timm" and kind is models.Timm:
-        options = dict(num_classes=classes or 1000, in_chans=encoder.channels, **encoder.size_option)
-        listed = ", ".join(f"{key}={value}" for key, value in options.items())
-        call = f"timm.create_model({encoder.name!r}, {listed})"
+        size = f", img_size={encoder.img_size}" if encoder.fixed_size else ""
+        call = (f"timm.create_model({encoder.name!r}, num_classes={classes or 1000}, "
+                f"in_chans={encoder.channels}{size})")
         table = [(rf"^{ours}\.", path + ".") for ours, path in encoder.paths.items()]
         table.append((r"^head\.", f"{encoder.classifier}."))
         if not classes or encoder.head_shape is None:
-            state = encoder.state_dict()
-            missing = encoder.missing
+            state, missing = encoder.state_dict(), encoder.missing
         else:  # a linear layer, or a convolution of 1×1
             state["head.weight"] = state["head.weight"].reshape(classes, *encoder.head_shape)
     elif to == "timm" and kind is models.ViT:
