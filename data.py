@@ -115,12 +115,11 @@ class Folder:
     def __init__(self, path, split):
         self.path = path
         paths, self.tars, members = find_images(path)
+        if not len(paths):
+            raise ValueError(f"no images in {path} ({' '.join(EXTENSIONS)})")
         part, hold_out = part_of(split, np.unique(first_folders(paths)).tolist())
         below = np.char.startswith(paths, part)
         paths = paths[below]
-        if not len(paths):
-            where = os.path.join(path, os.fsdecode(part))
-            raise ValueError(f"no images in {where} ({' '.join(EXTENSIONS)})")
 
         # classes are numbered before images are held out: both splits agree on them
         classes, labels = np.unique(first_folders(paths, len(part)), return_inverse=True)
@@ -237,7 +236,7 @@ def tar_index(path, size, mtime_ns):
     """The images in a tar: names, (N,) bytes, and (offset, size), (N, 2). Kept beside the tar while
     its size and time stay as they are. Raises ValueError."""
     beside = path + ".index.npz"
-    with contextlib.suppress(Exception):                # there is none yet, or it is damaged
+    with contextlib.suppress(Exception):                # there is none, or it is not whole
         with np.load(beside) as file:
             if file["stamp"].tolist() == [size, mtime_ns]:
                 return file["paths"], file["places"]
@@ -261,12 +260,8 @@ def tar_index(path, size, mtime_ns):
     paths = np.array([os.fsencode(name) for name in images], np.bytes_)
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
 
-    # an index is there as a whole or not at all
-    temporary = f"{beside}.{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, stamp=[size, mtime_ns], paths=paths, places=places)
-        os.replace(temporary, beside)
+        np.savez(beside, stamp=[size, mtime_ns], paths=paths, places=places)
     except OSError as error:
         print(f"{beside} cannot be written ({error.strerror}): each start will read all of the tar",
               file=sys.stderr)
@@ -308,8 +303,7 @@ class Channels:
         elif self.channels == 3 and len(image) == 1:
             image = image.expand(3, -1, -1)
         if len(image) != self.channels:
-            known = hasattr(self.source, "where")
-            name = self.source.where(index) if known else f"image {index}"
+            name = self.source.where(index) if hasattr(self.source, "where") else f"image {index}"
             raise BadImage(f"{name} has {len(image)} channels, not {self.channels}: see --channels")
         return image, label
 
@@ -414,16 +408,14 @@ class Batches:
 
     def __iter__(self):
         size = self.micro_batch
-        shuffled = None
         positions = torch.arange(self.batch_size)
         # with 2 repeats, images a a b b become a b a b: neighbours are different ones
         spread = (positions % self.repeats).argsort(stable=True)
         for step in self.steps:
             epoch, first = divmod(step, self.steps_per_epoch)
             first *= self.batch_size
-            if epoch != shuffled:
+            if first == 0 or step == self.steps.start:
                 order = torch.randperm(self.images, generator=generator(self.seed, epoch))
-                shuffled = epoch
             batch = order[(first + positions) // self.repeats][spread].tolist()
             samples = list(zip([epoch] * len(batch), range(first, first + len(batch)), batch))
             for i in range(self.rank * size, self.batch_size, self.world * size):
