@@ -17,14 +17,27 @@ import data
 import runtime
 
 
-def measure(source, count):
-    """Of up to `count` images, evenly spaced: sizes [(H, W)]; {channels: [(2, C)]}, mean and mean
-    square of pixels in 0..1; whether all are grey; lines on those that cannot be read."""
-    sizes = []
-    sums = {}
-    grey = True
+def main(argv=None):
+    parser = runtime.Parser("stats.py", description=__doc__)
+    parser.add_argument("source", metavar="SRC", help="what --data takes")
+    parser.add_argument("--channels", type=int, help="measure with so many channels; 1: grey")
+    parser.add_argument("--images", type=int, default=2000, help="measure at most so many (2000)")
+    args = parser.parse_args(argv)
+    for split in ("train", "val"):
+        source = data.open_source(args.source, split, 64)
+        counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+        classes = "no classes"
+        if len(counts):
+            classes = f"{len(counts)} classes of {counts.min():,} to {counts.max():,}"
+        print(f"{split}: {len(source):,} images, {classes}")
+
+    # up to --images of them, evenly spaced
+    source = data.open_source(args.source, "train", 64, args.channels)
+    sizes = []                                          # (H, W) of each image
+    sums = {}                                           # channels: [(2, C)], mean and mean square
+    grey = True                                         # are all?
     problems = []
-    indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+    indices = np.linspace(0, len(source) - 1, min(args.images, len(source))).astype(int)
     for index in tqdm(indices.tolist(), unit="image", leave=False, disable=None):
         try:
             image = source[index][0].double() / 255
@@ -35,27 +48,6 @@ def measure(source, count):
         moments = torch.stack([image.mean((1, 2)), image.square().mean((1, 2))])
         sums.setdefault(len(image), []).append(moments)
         grey = grey and len(image) == 3 and bool((image == image[:1]).all())
-    return sizes, sums, grey, problems
-
-
-def main(argv=None):
-    parser = runtime.Parser("stats.py", description=__doc__)
-    parser.add_argument("source", metavar="SRC", help="what --data takes")
-    parser.add_argument("--channels", type=int, help="measure with so many channels; 1: grey")
-    parser.add_argument("--images", type=int, default=2000, help="measure at most so many (2000)")
-    args = parser.parse_args(argv)
-    if args.images < 1 or args.channels is not None and args.channels < 1:
-        raise ValueError("--images and --channels are 1 or more")
-    for split in ("train", "val"):
-        source = data.open_source(args.source, split, 64)
-        counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
-        classes = "no classes"
-        if len(counts):
-            classes = f"{len(counts)} classes of {counts.min():,} to {counts.max():,}"
-        print(f"{split}: {len(source):,} images, {classes}")
-
-    source = data.open_source(args.source, "train", 64, args.channels)
-    sizes, sums, grey, problems = measure(source, args.images)
     if not sums:
         raise ValueError(f"{args.source}: none of {len(source):,} images to train on can be read. "
                          + " ".join(problems[:1]))
