@@ -12,7 +12,6 @@ import os
 import pathlib
 import sys
 import tarfile
-import time
 
 import numpy as np
 import torch
@@ -83,7 +82,6 @@ def prepare(source, out, size=256, workers=0):
                 names.add(name)
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
-                member.mtime = int(time.time())
                 tar.addfile(member, io.BytesIO(content.numpy()))
                 tar.members.clear()                     # or a kilobyte of each would stay in memory
             if not names:
