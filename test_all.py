@@ -2067,7 +2067,7 @@ def test_checkpoints_give_what_is_said(path, tmp_path):
         again = tune(tmp_path / "run", "--init", path, "--eval")
         assert again["top1"] == pytest.approx(original["top1"], abs=0.5)
     else:
-        images, masks = train.validation_set(shapes.Shapes(32, "val"), cfg, cfg.seed)
+        images, masks = train.validation_set(shapes.Shapes(32, "val"), cfg, cfg.seed, "cpu")
         criterion = losses.A2MIMLoss(cfg.spatial_loss, cfg.frequency_loss, cfg.frequency_weight,
                                      cfg.frequency_standin or "mixed", cfg.frequency_visible or 0.0)
         loss = train.validate(model, criterion, images, masks, cfg, 32)

@@ -96,7 +96,7 @@ def main(argv=None):
     batches = data.Batches(len(source), cfg.batch_size, micro_batch, start, stop, args.seed, rank, world)
     crops = data.Crops(source, cfg, args.seed)
     loader = iter(data.loader(crops, batches, runtime.workers(args.workers)))
-    val_images, val_masks = validation_set(held_out, cfg, args.seed)
+    val_images, val_masks = validation_set(held_out, cfg, args.seed, device)
 
     # compiled, and wrapped so that processes average their gradients; `model` keeps plain names
     replica = torch.compile(model, dynamic=False) if args.compile else model
@@ -250,7 +250,7 @@ def main(argv=None):
               f"weights: {out}/last.pt; curve: {out}/log.jsonl", flush=True)
 
 
-def validation_set(source, cfg, seed):
+def validation_set(source, cfg, seed, device):
     """Up to 256 images (N, C, S, S) uint8 and masks (N, g, g): the same ones throughout a run."""
     grid = cfg.img_size // cfg.mask_size
     images = []
@@ -260,18 +260,16 @@ def validation_set(source, cfg, seed):
         draw_mask = masking.MASKS[cfg.mask]
         images.append(data.center_crop(image, cfg.img_size))
         masks.append(draw_mask(1, grid, cfg.mask_ratio, [data.generator(seed, -1, i)]))
-    return torch.stack(images), torch.cat(masks)
+    return torch.stack(images).to(device), torch.cat(masks).to(device)
 
 
 @torch.no_grad()
 def validate(model, criterion, images, masks, cfg, chunk):
     """The loss on held-out images in float32: without batch norm, the same on any processes."""
-    device = next(model.parameters()).device
     model.eval()
     total = 0.0
     for image, mask in zip(images.split(chunk), masks.split(chunk)):
-        image = data.normalize(image.to(device), cfg.mean, cfg.std)
-        mask = mask.to(device)
+        image = data.normalize(image, cfg.mean, cfg.std)
         total += len(image) * criterion(model(image, mask), image, mask)["loss"].item()
     model.train()
     return total / len(images)
@@ -280,11 +278,10 @@ def validate(model, criterion, images, masks, cfg, chunk):
 @torch.no_grad()
 def draw(path, model, images, masks, cfg):
     """Eight images, a column each: the image, what the model sees, its reconstruction, both."""
-    device = next(model.parameters()).device
     apart = max(1, len(images) // 8)
-    image = data.normalize(images[::apart][:8].to(device), cfg.mean, cfg.std)
+    image = data.normalize(images[::apart][:8], cfg.mean, cfg.std)
     model.eval()
-    rows = torch.cat(model.reconstruct(image, masks[::apart][:8].to(device)))
+    rows = torch.cat(model.reconstruct(image, masks[::apart][:8]))
     model.train()
     data.write_picture(path, data.denormalize(rows, cfg.mean, cfg.std), columns=len(image))
 
