@@ -73,8 +73,7 @@ def main(argv=None):
 
     # resume: all randomness is keyed, by (seed, epoch, position) in data.Crops and by (seed, step,
     # rank) below, so that beside weights and optimizer there are only a few counts to remember
-    name = f"{cfg.arch}-{cfg.method}-{data.name_of(cfg.data)}"
-    out = args.out or os.path.join("runs", name)
+    out = args.out or f"runs/{cfg.arch}-{cfg.method}-{data.name_of(cfg.data)}"
     identity = dict(cfg, seed=args.seed, init=args.init, images=len(source))
     if cfg.frequency_loss == "focal":
         # spectra are averaged over the micro-batch: its size is a part of what the run is
@@ -109,10 +108,9 @@ def main(argv=None):
               f"{cfg.data}: {len(source):,} images at {cfg.img_size} px\n"
               f"batch {cfg.batch_size} = {world} process(es) × {micro_batch} images × {accumulate} "
               f"accumulated; {total} steps in {cfg.epochs} epochs; lr {cfg.lr:.3g}\n"
-              f"{out}: from {started_from}")
+              f"{out}: from {started_from}", flush=True)
         if cfg.frequency_loss == "focal" and micro_batch != usual:
             print(f"note: spectra are averaged over {micro_batch} images, the recipe's number is {usual}")
-        sys.stdout.flush()
     if start >= stop:
         if master_process:
             more = "--steps" if start < total else "--out: the run is finished"
