@@ -115,8 +115,6 @@ class Folder:
     def __init__(self, path, split):
         self.path = path
         paths, self.tars, members = find_images(path)
-        if not len(paths):
-            raise ValueError(f"no images in {path} ({' '.join(EXTENSIONS)})")
         part, hold_out = part_of(split, np.unique(first_folders(paths)).tolist())
         below = np.char.startswith(paths, part)
         paths = paths[below]
@@ -197,13 +195,11 @@ def find_images(path):
     if os.path.isdir(path):
         files = sorted(walk(path))
         images = [name for name in files if name.lower().endswith(EXTENSIONS)]
-        tars = []
-        if not images:
-            tars = [stamp(os.path.join(path, name)) for name in files if name.endswith(".tar")]
-        if not tars:
+        if images:
             # one call for all names: there may be millions
-            images = os.fsencode("\0".join(images)).split(b"\0") if images else []
-            return np.array(images, np.bytes_), [], np.empty((len(images), 0))
+            images = os.fsencode("\0".join(images)).split(b"\0")
+            return np.array(images), [], np.empty((len(images), 0))
+        tars = [stamp(os.path.join(path, name)) for name in files if name.endswith(".tar")]
     elif os.path.isfile(path):
         tars = [stamp(path)]
     else:
@@ -217,6 +213,8 @@ def find_images(path):
         folder = os.path.join(os.path.dirname(os.path.relpath(tar[0], path)), "")
         names.append(np.char.add(os.fsencode(folder), inside))
         members.append(np.insert(places, 0, number, axis=1))
+    if not any(map(len, names)):
+        raise ValueError(f"no images in {path} ({' '.join(EXTENSIONS)})")
     return np.concatenate(names), tars, np.concatenate(members)
 
 
