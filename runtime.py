@@ -229,7 +229,7 @@ def restore(checkpoint, model, optimizer, scaler):
     """Put a checkpoint's state in its places; --amp may have changed since."""
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if scaler.is_enabled() and checkpoint["scaler"]:
+    if checkpoint["scaler"]:
         scaler.load_state_dict(checkpoint["scaler"])
 
 
