@@ -234,7 +234,7 @@ def tar_index(path, size, mtime_ns):
     """The images in a tar: names, (N,) bytes, and (offset, size), (N, 2). Kept beside the tar while
     its size and time stay as they are. Raises ValueError."""
     beside = path + ".index.npz"
-    with contextlib.suppress(Exception):                # there is none, or it is not whole
+    with contextlib.suppress(Exception):                # there is none yet, or it is damaged
         with np.load(beside) as file:
             if file["stamp"].tolist() == [size, mtime_ns]:
                 return file["paths"], file["places"]
@@ -258,8 +258,12 @@ def tar_index(path, size, mtime_ns):
     paths = np.array([os.fsencode(name) for name in images], np.bytes_)
     places = np.array(list(images.values()), np.int64).reshape(-1, 2)
 
+    # an index is there as a whole or not at all, also for other machines
+    temporary = f"{beside}.{os.getpid()}"
     try:
-        np.savez(beside, stamp=[size, mtime_ns], paths=paths, places=places)
+        with open(temporary, "wb") as file:
+            np.savez(file, stamp=[size, mtime_ns], paths=paths, places=places)
+        os.replace(temporary, beside)
     except OSError as error:
         print(f"{beside} cannot be written ({error.strerror}): each start will read all of the tar",
               file=sys.stderr)
