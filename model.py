@@ -300,8 +300,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, mlp_dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
-        self.gamma_1 = None
-        self.gamma_2 = None
+        self.gamma_1 = 1.0
+        self.gamma_2 = 1.0
         if layer_scale:
             self.gamma_1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
             self.gamma_2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
@@ -310,16 +310,10 @@ class Block(nn.Module):
         return self.feed(self.attend(x))
 
     def attend(self, x):
-        z = self.attn(self.norm1(x))
-        if self.gamma_1 is not None:
-            z = self.gamma_1 * z
-        return x + self.drop_path(z)
+        return x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))
 
     def feed(self, x):
-        z = self.mlp(self.norm2(x))
-        if self.gamma_2 is not None:
-            z = self.gamma_2 * z
-        return x + self.drop_path(z)
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
 
 class MLP(nn.Module):

@@ -294,7 +294,7 @@ def export(source, to, arch=None, img_size=None):
             img_size=encoder.img_size, patch_size=encoder.stride, in_chans=encoder.channels,
             embed_dim=dim, depth=len(encoder.blocks), num_heads=block.attn.heads,
             mlp_ratio=block.mlp.fc1.out_features / dim, num_classes=classes,
-            init_values=None if block.gamma_1 is None else 0.1,
+            init_values=0.1 if torch.is_tensor(block.gamma_1) else None,
             qkv_bias=block.attn.q_bias is not None,
             use_abs_pos_emb=encoder.pos_embed is not None,
             use_rel_pos_bias=block.attn.relative_position_bias_table is not None,
