@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -298,7 +299,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, grid, qv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, mlp_dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(dim, mlp_dim), gelu=nn.GELU(), fc2=nn.Linear(mlp_dim, dim)))
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.gamma_1 = 1.0
         self.gamma_2 = 1.0
@@ -314,16 +316,6 @@ class Block(nn.Module):
 
     def feed(self, x):
         return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
-
-
-class MLP(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Attention(nn.Module):
@@ -439,9 +431,17 @@ class ResNet(Encoder):
         blocks = []
         for i, depth in enumerate(depths):
             planes = width * 2 ** i
-            layer = stage(block, self.widths[-1], planes, depth, stride=1 if i == 0 else 2)
+            stride = 1 if i == 0 else 2
+            before = self.widths[-1]
+            after = planes * block.expansion
+            shortcut = None                                     # the first block's
+            if before != after:
+                conv = nn.Conv2d(before, after, 1, stride, bias=False)
+                shortcut = nn.Sequential(conv, nn.BatchNorm2d(after))
+            first = block(before, planes, stride, shortcut)
+            layer = nn.Sequential(first, *[block(after, planes) for _ in range(depth - 1)])
             self.add_module(f"layer{i + 1}", layer)
-            self.widths.append(planes * block.expansion)
+            self.widths.append(after)
             blocks += layer
 
         for module in self.modules():
@@ -459,17 +459,6 @@ class ResNet(Encoder):
 
     def stem(self, image):                                      # (B, 3, H, W) -> (B, C, H/s, W/s)
         return self.maxpool(self.relu(self.bn1(self.conv1(image))))
-
-
-def stage(block, channels, planes, depth, stride):
-    """`depth` residual blocks; the first may shrink the map and change its number of channels."""
-    width = planes * block.expansion
-    shortcut = None
-    if stride != 1 or channels != width:
-        conv = nn.Conv2d(channels, width, 1, stride, bias=False)
-        shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
-    first = block(channels, planes, stride, shortcut)
-    return nn.Sequential(first, *[block(width, planes) for _ in range(depth - 1)])
 
 
 # ---- torchvision's other encoders
