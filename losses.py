@@ -50,8 +50,6 @@ def spectrum(d):
 
 def focal_frequency(d, average=True, log=True, alpha=1.0, maximum="batch"):
     """mean_{u,v} w(u,v)·|D(u,v)|² of an error image d (B, C, H, W): `frequency_loss` of d."""
-    if maximum not in ("batch", "image", None):
-        raise ValueError(f"unknown maximum {maximum!r}: choose 'batch', 'image' or None")
     if average:
         d = d.sum(0, keepdim=True) / len(d)         # the spectra's mean is the mean's spectrum
     D, c = spectrum(d)
@@ -61,7 +59,7 @@ def focal_frequency(d, average=True, log=True, alpha=1.0, maximum="batch"):
         if log:
             w = w.log1p()
         if maximum is not None:
-            over = (0, 1, 2, 3) if maximum == "batch" else (2, 3)
+            over = {"batch": (0, 1, 2, 3), "image": (2, 3)}[maximum]
             w = w / w.amax(over, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return (c * w * power).mean()
 
@@ -72,7 +70,7 @@ def frequency_loss(pred, target, average=True, log=True, alpha=1.0, maximum="bat
     average: average the spectra of the batch first. w = |D|^alpha, with log: log(1 + |D|^alpha),
     divided by its maximum over the "batch", over each "image" and channel, or not (None). The
     default is the official code's. The paper's equation: average=False, log=False, maximum=None.
-    Focal Frequency Loss (arXiv 2012.12821): the paper's with maximum="image". Raises ValueError.
+    Focal Frequency Loss (arXiv 2012.12821): the paper's with maximum="image".
 
     F is linear, so D = F(pred) − F(target) = F(pred − target): one transform instead of two, of
     the batch's mean image alone where spectra are averaged; and half of it, as images are real.
@@ -132,7 +130,7 @@ class A2MIMLoss:
         if isinstance(frequency, str):
             frequency = row(FREQUENCY, frequency, "frequency loss")
         self.frequency = frequency
-        self.frequency_weight = frequency_weight
+        self.frequency_weight = frequency_weight or 0.0         # None where it is off
         self.visible = visible
 
     def __call__(self, reconstruction, target, mask):
@@ -157,7 +155,5 @@ class A2MIMLoss:
 
         # The spatial loss is last, so that backward starts here and frees d before the rest.
         spatial = spatial_loss(d, M, self.rho)
-        loss = spatial
-        if self.frequency is not None:
-            loss = spatial + self.frequency_weight * frequency
+        loss = spatial + self.frequency_weight * frequency
         return {"loss": loss, "spatial": spatial, "frequency": frequency}
