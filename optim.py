@@ -133,11 +133,7 @@ class LAMB(torch.optim.Optimizer):
 
 def statistics(model):
     """What a forward pass changes: batch norms' statistics, as pairs (buffer, its value now)."""
-    before = []
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            before.append((buffer, buffer.clone()))
-    return before
+    return [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def update(model, optimizer, scaler, clip, loss, before):
