@@ -128,10 +128,10 @@ OPTIONS = {  # the configuration: what --print-config shows
     "token": Option(str, "what the token does to features", choices=("add", "replace", "none")),
     "spatial_loss": Option(str, "over masked pixels", choices=tuple(losses.ELEMENTWISE)),
     "frequency_loss": Option(name_or_none, "over frequencies", choices=(*losses.FREQUENCY, None)),
-    "frequency_weight": Option(number_or_none, "λ"),
-    "frequency_standin": Option(name_or_none, "for visible pixels, before the DFT",
-                                choices=(*losses.STANDINS, None)),
-    "frequency_visible": Option(number_or_none, "u, share of gradient at visible pixels", high=1),
+    "frequency_weight": Option(float, "λ"),
+    "frequency_standin": Option(str, "for visible pixels, before the DFT",
+                                choices=tuple(losses.STANDINS)),
+    "frequency_visible": Option(float, "u, share of gradient at visible pixels", high=1),
     "token_lr_scale": Option(float, "learning rate of mask token and γ, relative to all others"),
 }
 RUN = {  # how to run it
@@ -272,10 +272,6 @@ def pretraining(argv, doc):
     check(cfg)
     if cfg.img_size % cfg.mask_size:
         raise ValueError(f"img_size {cfg.img_size} is not a multiple of mask_size {cfg.mask_size}")
-    frequency = (cfg.frequency_weight, cfg.frequency_standin, cfg.frequency_visible)
-    if cfg.frequency_loss and None in frequency:
-        raise ValueError("a frequency loss needs --frequency-weight, --frequency-standin "
-                         "and --frequency-visible")
     return Config({key: cfg[key] for key in OPTIONS}), args, checkpoint
 
 
