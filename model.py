@@ -672,14 +672,12 @@ def build(arch, img_size=224, *, mask_layer=None, token=None, fill=None, **overr
     keywords of the encoder's class, such as channels (of images). Raises ValueError for whatever
     does not fit.
     """
+    given = dict(mask_layer=mask_layer, token=token, fill=fill)
     options = preset(arch) | overrides
+    options |= {key: value for key, value in given.items() if value is not None}
     options.pop("like", None)
     make_encoder = options.pop("encoder")
-    method = {key: options.pop(key) for key in ("mask_layer", "gamma", "token_std")
-              if key in options}
-    for key, value in dict(mask_layer=mask_layer, token=token, fill=fill).items():
-        if value is not None:
-            method[key] = value
+    method = {key: options.pop(key) for key in (*given, "gamma", "token_std") if key in options}
 
     # what an encoder does not know of, it need not be told, as long as it is the usual
     known = inspect.signature(make_encoder).parameters
