@@ -157,11 +157,10 @@ def finetuning(argv, doc):
     protocol = "simmim" if args.recipe == "imagenet100" else USUAL[family(arch)]
     if nano:
         protocol = "small"
-    if args.eval:  # as it was tested while it was trained
-        protocol = known.get("protocol", protocol)
-    protocol = given.get("protocol", protocol)
-    if args.task is None:
-        args.task = known.get("task", "class") if args.eval else "class"
+    # what is only evaluated is tested as it was while it was trained
+    tested = known if args.eval and "test_crop" in known else {}
+    protocol = given.get("protocol", tested.get("protocol", protocol))
+    args.task = args.task or tested.get("task", "class")
     row = protocol_of(args.recipe, protocol, arch)
 
     # what has no size of its own takes the encoder's
@@ -170,8 +169,7 @@ def finetuning(argv, doc):
         resize = round(size * 256 / 224) if protocol == "knn" and not nano else size
         row = row | dict(img_size=size, test_crop=size, test_resize=resize)
     sizes = ("img_size", "test_resize", "test_crop")
-    if args.eval and "test_crop" in known:
-        row = row | {key: known[key] for key in (*sizes, "pool", "qv_bias") if key in known}
+    row = row | {key: tested[key] for key in (*sizes, "pool", "qv_bias") if key in tested}
 
     # options without effect are refused, and shown as null
     unused = []
