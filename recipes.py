@@ -227,7 +227,6 @@ def start_from(args, given):
         raise ValueError(f"{args.init} does not say which architecture it holds: "
                          f"give --arch, one of {', '.join(models.PRESETS)}")
     arch = given.get("arch") or known.get("arch", "vit_nano")
-    models.preset(arch)  # is there one?
     if known.get("arch", arch) != arch:
         raise ValueError(f"{args.init} holds a {known['arch']}, not a {arch}")
     return checkpoint, known, arch
