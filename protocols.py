@@ -140,10 +140,8 @@ def protocol_of(recipe, protocol, arch):
     if protocol not in names:
         raise ValueError(f"there is no {protocol} protocol of {recipe} for {arch}: "
                          f"choose from {', '.join(names) or 'those of --recipe imagenet'}")
-    row = table[protocol][family(arch)]
-    if recipe == "imagenet":
-        changes = FOR_ARCH.get(protocol.removeprefix("scratch-"), {})
-        row = row | changes.get(models.like(arch), {})
+    changes = FOR_ARCH.get(protocol.removeprefix("scratch-"), {})
+    row = table[protocol][family(arch)] | changes.get(models.like(arch), {})
     if family(arch) != "vit":
         row = row | dict(qv_bias=None, resize_bias=None)
     return row
