@@ -151,8 +151,7 @@ def main(argv=None):
         micro_batch = recipes.micro_batch(cfg.batch_size, args.micro_batch, world, usual)
     else:
         micro_batch = args.micro_batch or min(usual, cfg.batch_size)
-    test_share = test_batches(len(held_out), micro_batch, rank, world)
-    test_loader = data.loader(TestViews(held_out, cfg), test_share, workers)
+    test_loader = make_test_loader(held_out, cfg, micro_batch, workers, rank, world)
 
     # model: an encoder, from --init if given, and a head
     torch.manual_seed(data.key(args.seed))
@@ -184,8 +183,14 @@ def main(argv=None):
     out = args.out or os.path.join("runs", run_name(args, cfg))
     identity = dict(cfg, task=args.task, eval=args.eval, init=args.init, freeze=args.freeze,
                     labels=args.labels, seed=args.seed, images=len(source))
+    if cfg.protocol == "knn":
+        identity |= dict(k=args.k, temperature=args.temperature)
     if args.init and os.path.realpath(os.path.dirname(args.init)) == os.path.realpath(out):
         raise ValueError(f"{out} is where --init lies: choose another --out")
+    as_published = ["--arch", cfg.arch, "--protocol", cfg.protocol, "--recipe", args.recipe,
+                    "--data", cfg.data]
+    defaults, *_ = protocols.finetuning(as_published, "")
+    checkpoint = runtime.load(out, identity, defaults)
     if master_process:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{cfg.arch}, {millions:.1f} M parameters, on {device} × {world}; {cfg.data}: "
@@ -194,14 +199,15 @@ def main(argv=None):
 
     # evaluation and nearest neighbours train nothing
     if not trains:
-        if cfg.protocol == "knn":
-            identity.update(k=args.k, temperature=args.temperature)
-        check_result(out, identity)
+        path = os.path.join(out, "result.json")
+        if os.path.exists(path):
+            with open(path) as file:
+                if json.load(file)["config"] != identity:
+                    raise ValueError(f"{path} is the result of something else: choose another --out")
         if args.eval:
             metrics = evaluate(model, test_loader, task, cfg, device, autocast, args.max_bad)
         else:
-            share = test_batches(len(source), micro_batch, rank, world)
-            bank_loader = data.loader(TestViews(source, cfg), share, workers)
+            bank_loader = make_test_loader(source, cfg, micro_batch, workers, rank, world)
             bank, labels = features(model, bank_loader, cfg, device, autocast)
             queries, answers = features(model, test_loader, cfg, device, autocast)
             metrics = knn(bank, labels, queries, answers, args.k, args.temperature, len(classes))
@@ -227,23 +233,20 @@ def main(argv=None):
     # resume: as in train.py all randomness is keyed, here also that of mixup and cutmix
     start = 0
     counts = dict(skipped=0, skipped_in_a_row=0, unreadable=0)
-    tested = 0
     best = None
-    as_published = ["--arch", cfg.arch, "--protocol", cfg.protocol, "--recipe", args.recipe,
-                    "--data", cfg.data]
-    defaults, *_ = protocols.finetuning(as_published, "")
-    checkpoint = runtime.load(out, identity, defaults)
     if checkpoint is not None:
         start = checkpoint["step"]
         counts = checkpoint["counts"]
-        tested = checkpoint["tested"]
         best = checkpoint["best"]
         runtime.restore(checkpoint, model, optimizer, scaler)
         if ema:
             tested_model.load_state_dict(checkpoint["ema"])
     del checkpoint, init  # their memory
-    if start > stop:
-        raise ValueError(f"{out} is at step {start} already: choose more --steps, or another --out")
+    if start >= stop:
+        if master_process:
+            more = "--steps" if start < total else "--out: the run is finished"
+            print(f"nothing is left to do: choose another {more}")
+        return
 
     # what a step reads, and what it goes through: compiled, and wrapped so that processes average
     # their gradients; `model` keeps plain names
@@ -268,62 +271,10 @@ def main(argv=None):
     skipped = torch.tensor([counts["skipped"], counts["skipped_in_a_row"]], device=device)
     # unreadable images of the epoch: each process counts its own
     unreadable = counts["unreadable"] if master_process else 0
-    save_now = False
-    asked = False
-    too_bad = False
     slow = False
     t0 = time.time()
     step0 = start
-    # `step` steps are done: a pass tests and saves what they made, then takes the next step; the
-    # last pass only tests and saves
-    for step in range(start, stop + 1):
-        # test after epochs and at the end; a run that is asked to stop does so when it goes on
-        test_due = step > 0 and step % (steps_per_epoch * args.eval_every) == 0
-        if step == stop or (test_due and step != tested and not asked):
-            metrics = evaluate(tested_model, test_loader, task, cfg, device, autocast, args.max_bad)
-            epoch = (step - 1) // steps_per_epoch + 1
-            better = best is None or task.sign * (metrics[task.metric] - best[task.metric]) > 0
-            if better and step % steps_per_epoch == 0:
-                best = dict(metrics, epoch=epoch)
-                if master_process:
-                    state = dict(config=identity, classes=classes, step=step, metrics=metrics,
-                                 model=tested_model.state_dict())
-                    runtime.save(os.path.join(out, "best.pt"), state)
-            if master_process and step != tested:
-                print(json.dumps(dict(step=step, epoch=epoch, **metrics)), file=log, flush=True)
-                tqdm.write(f"epoch {epoch}: {describe(metrics)}", file=sys.stdout)
-            tested = step
-            t0 = time.time()
-            step0 = step
-
-        # save, and leave if asked to
-        if save_now or (step == stop and step > start):
-            if master_process:
-                state = dict(config=identity, classes=classes, step=step, counts=counts,
-                             tested=tested, best=best, model=model.state_dict(),
-                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                if ema:
-                    state["ema"] = ema.module.state_dict()
-                runtime.save(os.path.join(out, "last.pt"), state, os.path.join(out, "previous.pt"))
-                next_save = time.time() + 60 * args.save_minutes
-            save_now = False
-            t0 = time.time()
-            step0 = step
-        if too_bad:
-            raise ValueError(f"{counts['unreadable']} images of this epoch could not be read, more "
-                             f"than --max-bad {args.max_bad:g}: repair them, or allow more; then the "
-                             "same command goes on")
-        if step == stop:
-            break
-        if asked:
-            if world > 1:
-                # torchrun ends all processes when the first one has left
-                dist.barrier()
-            if master_process:
-                bar.close()
-                print(f"stopped after step {step} of {total}; the same command goes on", flush=True)
-            sys.exit(runtime.STOPPED)
-
+    for step in range(start, stop):
         # drop path, mixup and cutmix draw from here on: the same when the run is continued
         torch.manual_seed(data.key(args.seed, step, rank))
         lr_factor = optim.learning_rate(cfg, step, steps_per_epoch)
@@ -378,7 +329,6 @@ def main(argv=None):
         log_now = done % args.log_every == 0 or done in (start + 1, stop)
         end_of_epoch = done % steps_per_epoch == 0
         if not (log_now or end_of_epoch or slow or (world == 1 and (asked or due))):
-            asked = False
             continue
         seconds = (time.time() - t0) / (done - step0)
         sums = torch.tensor([asked, due, unreadable, seconds], dtype=torch.float64, device=device)
@@ -393,31 +343,71 @@ def main(argv=None):
             raise ValueError(f"no finite loss and gradient in 20 steps, up to {done}: try a smaller "
                              f"--lr, or --amp off; {out}/last.pt is from before")
         too_bad = counts["unreadable"] > args.max_bad * steps_per_epoch * cfg.batch_size
-        epochs_due = done % ((args.save_epochs or cfg.epochs) * steps_per_epoch) == 0
-        save_now = asked or due or too_bad or epochs_due
+        epoch = step // steps_per_epoch + 1
 
         # log
         if log_now:
             speed = cfg.batch_size / seconds
-            entry = dict(step=done, epoch=step // steps_per_epoch + 1, loss=loss.item(),
-                         lr=cfg.lr * lr_factor, skipped=counts["skipped"],
-                         unreadable=counts["unreadable"], images_per_second=speed)
+            entry = dict(step=done, epoch=epoch, loss=loss.item(), lr=cfg.lr * lr_factor,
+                         skipped=counts["skipped"], unreadable=counts["unreadable"],
+                         images_per_second=speed)
             if not math.isfinite(entry["loss"]):
                 entry["loss"] = None  # JSON knows no NaN
             if master_process:
                 print(json.dumps(entry), file=log, flush=True)
                 bar.set_postfix_str(f"loss {loss.item():.4f}")
             if master_process and bar.disable:
-                print(f"step {done}/{total}, epoch {entry['epoch']}, loss {loss.item():.4f}, "
+                print(f"step {done}/{total}, epoch {epoch}, loss {loss.item():.4f}, "
                       f"{speed:.0f} images/s", flush=True)
+
+        # test after epochs and at the end; the best weights of an epoch's end are kept
+        test_now = done == stop or done % (steps_per_epoch * args.eval_every) == 0
+        if test_now:
+            metrics = evaluate(tested_model, test_loader, task, cfg, device, autocast, args.max_bad)
+            better = best is None or task.sign * (metrics[task.metric] - best[task.metric]) > 0
+            if better and end_of_epoch:
+                best = dict(metrics, epoch=epoch)
+                if master_process:
+                    state = dict(config=identity, classes=classes, step=done, metrics=metrics,
+                                 model=tested_model.state_dict())
+                    runtime.save(os.path.join(out, "best.pt"), state)
+            if master_process:
+                print(json.dumps(dict(step=done, epoch=epoch, **metrics)), file=log, flush=True)
+                tqdm.write(f"epoch {epoch}: {describe(metrics)}", file=sys.stdout)
+                if done == stop:
+                    bar.close()
+                    write_result(out, identity, metrics, epoch=epoch, step=stop, steps=total,
+                                 best=best, hashes=hashes)
+
+        # save, and leave if asked to
+        epochs_due = done % ((args.save_epochs or cfg.epochs) * steps_per_epoch) == 0
+        save_now = asked or due or too_bad or epochs_due or done == stop
+        if save_now and master_process:
+            state = dict(config=identity, classes=classes, step=done, counts=counts, best=best,
+                         model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict())
+            if ema:
+                state["ema"] = tested_model.state_dict()
+            runtime.save(os.path.join(out, "last.pt"), state, os.path.join(out, "previous.pt"))
+            next_save = time.time() + 60 * args.save_minutes
+        if too_bad:
+            raise ValueError(f"{counts['unreadable']} images of this epoch could not be read, more "
+                             f"than --max-bad {args.max_bad:g}: repair them, or allow more; then the "
+                             "same command goes on")
+        if asked and done < stop:
+            if world > 1:
+                # torchrun ends all processes when the first one has left
+                dist.barrier()
+            if master_process:
+                bar.close()
+                print(f"stopped after step {done} of {total}; the same command goes on", flush=True)
+            sys.exit(runtime.STOPPED)
+        if log_now or test_now or save_now:
+            # the speed is that of steps, without tests and saves
             t0 = time.time()
             step0 = done
 
-    bar.close()
     stop_request.restore()
-    if master_process:
-        write_result(out, identity, metrics, epoch=epoch, step=stop, steps=total, best=best,
-                     hashes=hashes)
 
 
 # ---- images
@@ -515,10 +505,11 @@ def mix(image, label, cfg, classes):
 
 # ---- tests
 
-def test_batches(images, batch, rank, world):
-    """This process's share of the indices, in batches: each image is on one process, once."""
-    share = list(range(rank, images, world))
-    return [share[i:i + batch] for i in range(0, len(share), batch)]
+def make_test_loader(source, cfg, batch, workers, rank, world):
+    """Of this process's share of the images, in batches: each is on one process, once."""
+    share = list(range(rank, len(source), world))
+    batches = [share[i:i + batch] for i in range(0, len(share), batch)]
+    return data.loader(TestViews(source, cfg), batches, workers)
 
 
 def reduce_sum(value):
@@ -538,8 +529,7 @@ def evaluate(model, loader, task, cfg, device, autocast, max_bad):
             dist.broadcast(buffer, 0)
     # images, replaced ones, batches with numbers that are not finite, the task's own sums
     sums = torch.zeros(7, dtype=torch.float64, device=device)
-    hidden = not sys.stderr.isatty()
-    for image, target, replaced in tqdm(loader, "test", leave=False, disable=hidden):
+    for image, target, replaced in tqdm(loader, "test", leave=False, disable=None):
         image = data.normalize(image.to(device, non_blocking=True), cfg.mean, cfg.std)
         target = target.to(device, non_blocking=True)
         with autocast:
@@ -563,20 +553,15 @@ def evaluate(model, loader, task, cfg, device, autocast, max_bad):
 def features(model, loader, cfg, device, autocast):
     """(features (N, C) of unit length, labels (N,)) of all images, in order, on every process."""
     model.eval()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     images = len(loader.dataset.source)
     everything = torch.zeros(images, model.encoder.widths[-1], device=device)
     labels = torch.zeros(images, dtype=torch.int64, device=device)
-    # this process has every world-th image
-    first = rank
-    hidden = not sys.stderr.isatty()
-    for image, label, replaced in tqdm(loader, "features", leave=False, disable=hidden):
-        rows = torch.arange(first, first + world * len(image), world, device=device)
+    bar = tqdm(loader, "features", leave=False, disable=None)
+    for (image, label, replaced), rows in zip(bar, loader.batch_sampler):
         with autocast:
             batch = model.features(data.normalize(image.to(device), cfg.mean, cfg.std))
         everything[rows] = F.normalize(batch.float(), dim=1)
         labels[rows] = label.to(device)
-        first += world * len(image)
     return reduce_sum(everything), reduce_sum(labels)
 
 
@@ -618,17 +603,6 @@ def run_name(args, cfg):
              f"k{args.k}" if cfg.protocol == "knn" and args.k != 20 else "",
              f"seed{args.seed}" if args.seed else ""]
     return "-".join(filter(None, parts))
-
-
-def check_result(out, identity):
-    """Raises ValueError if a folder holds a run, or the result of something else."""
-    path = os.path.join(out, "result.json")
-    if os.path.exists(os.path.join(out, "last.pt")):
-        raise ValueError(f"{out} holds a run: choose another --out")
-    if os.path.exists(path):
-        with open(path) as file:
-            if json.load(file)["config"] != identity:
-                raise ValueError(f"{path} is the result of something else: choose another --out")
 
 
 def write_result(out, identity, metrics, **more):
