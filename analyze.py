@@ -139,14 +139,14 @@ def interaction(c):
 
 # ---- A²MIM: occlusion, Fourier analysis
 
-def fit_probe(features, labels, classes, ridge=0.01):
+def fit_probe(features, labels, classes):
     """A linear classifier, features (B, C) → scores (B, classes): ridge regression of one-hot
     labels (N,) on standardised features (N, C)."""
     mean = features.double().mean(0)
     deviation = features.double().std(0) + 1e-6
     x = (features - mean) / deviation
     y = F.one_hot(labels, classes).double()
-    penalty = ridge * len(x) * torch.eye(x.shape[1]).to(x)
+    penalty = 0.01 * len(x) * torch.eye(x.shape[1]).to(x)
     W = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean(0)))
     return lambda features: (features - mean) / deviation @ W + y.mean(0)
 
@@ -529,11 +529,10 @@ def main(argv=None):
         if curves:
             page += f'<img src="{name}.png" alt="" style="max-width:100%">'
 
-        if name == "reconstruct":
+        if curves and name == "reconstruct":
             pictures = [F.interpolate(rows, size) for rows in more.values()]
+            data.write_picture(out / f"{name}.png", torch.cat(pictures), 8)
             more = {}
-            if curves:
-                data.write_picture(out / f"{name}.png", torch.cat(pictures), 8)
         elif curves and Figure:
             figure = Figure(layout="constrained", dpi=120)
             draw = draw_matrix if name == "cka" else draw_curves

@@ -224,12 +224,8 @@ def read_results(folder):
 
 def values(results, arm, part, metric):
     """{seed: value} of the runs that there are. arm: TABLE/ARCH/ARM."""
-    found = {}
-    for seed in range(6):
-        result = results.get(f"{arm}/{part}/seed{seed}", {})
-        if metric in result:
-            found[seed] = result[metric]
-    return found
+    found = {seed: results.get(f"{arm}/{part}/seed{seed}", {}) for seed in range(6)}
+    return {seed: result[metric] for seed, result in found.items() if metric in result}
 
 
 def gain(results, arm, reference, part, metric):
