@@ -469,25 +469,23 @@ def augment(image, generator, cfg):
     """
     mean = cfg["mean"]
     # these transforms take no generator: they draw from the shared one, which then is as before
-    shared = torch.default_generator
-    before = shared.get_state()
-    shared.manual_seed(int(torch.randint(2 ** 62, (), generator=generator)))
-    if cfg["randaugment"] is not None:
-        fill = [round(255 * m) for m in mean]
-        # Pillow turns and shears bicubically; torchvision, of tensors, bilinearly at best
-        image = TF.to_pil_image(image)
-        for _ in range(2):
-            magnitude = (cfg["randaugment"] + 0.5 * torch.randn(())).clamp(0, 10)
-            if torch.rand(()) < 0.5:
-                # magnitudes 0..10 are levels 0..30
-                operation = v2.RandAugment(1, round(3 * float(magnitude)), 31, data.BICUBIC, fill)
-                image = operation(image)
-        image = TF.pil_to_tensor(image)
-    if cfg["random_erasing"] and torch.rand(()) < cfg["random_erasing"]:
-        erase = v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")
-        erased = erase(data.normalize(image[None], mean, cfg["std"])[0])
-        image = data.denormalize(erased[None], mean, cfg["std"])[0]
-    shared.set_state(before)
+    with torch.random.fork_rng(devices=[]):
+        seed = int(torch.randint(2 ** 62, (), generator=generator))
+        torch.default_generator.manual_seed(seed)
+        if cfg["randaugment"] is not None:
+            fill = [round(255 * m) for m in mean]
+            # Pillow turns and shears bicubically; torchvision, of tensors, bilinearly at best
+            image = TF.to_pil_image(image)
+            for _ in range(2):
+                magnitude = (cfg["randaugment"] + 0.5 * torch.randn(())).clamp(0, 10)
+                if torch.rand(()) < 0.5:
+                    level = round(3 * float(magnitude))  # of 0..30
+                    image = v2.RandAugment(1, level, 31, data.BICUBIC, fill)(image)
+            image = TF.pil_to_tensor(image)
+        if cfg["random_erasing"] and torch.rand(()) < cfg["random_erasing"]:
+            erase = v2.RandomErasing(1.0, (0.02, 1 / 3), value="random")
+            erased = erase(data.normalize(image[None], mean, cfg["std"])[0])
+            image = data.denormalize(erased[None], mean, cfg["std"])[0]
     return image
 
 
