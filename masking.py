@@ -24,7 +24,9 @@ def random_mask(batch, grid, ratio, generator=None):
     n = grid * grid
     masked = math.ceil(round(ratio * n, 6))         # rounded, since 0.07 · 100 is 7.000000000000001
     if isinstance(generator, (list, tuple)):
-        score = torch.stack([torch.rand(n, generator=g) for g in generator])
+        score = torch.empty(batch, n)
+        for i in range(batch):
+            score[i] = torch.rand(n, generator=generator[i])
     else:
         score = torch.rand(batch, n, generator=generator)
     chosen = score.argsort(dim=1)[:, :masked]       # (B, masked): the blocks of the lowest scores
