@@ -683,9 +683,6 @@ def test_channels(tmp_path):
     assert one[1][0].dtype == torch.uint8 and (one[1][0] - luma).abs().max() <= 1
     assert torch.equal(three[2][0], one[2][0].expand(3, -1, -1))
     assert many[0][0].shape == (13, 8, 8) and many.labels.tolist() == [-1] * 3
-    for channels, source in ((1, one), (3, pickle.loads(pickle.dumps(three)))):
-        with pytest.raises(data.BadImage, match=f"a.npy has 13 channels, not {channels}"):
-            source[0]
 
 
 def test_stats_by_hand(tmp_path, capsys):
@@ -1324,25 +1321,6 @@ def test_every_model_is_one_graph(arch, compiling):
         assert replica(image, mask).shape == image.shape
 
 
-@pytest.mark.skipif(not SLOW, reason="compiling takes minutes: SLOW=1")
-@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano", "timm/convnextv2_atto"])
-def test_inductor(arch, compiling):
-    """Loss and gradients of what Inductor makes of it, in float64: batch norms enlarge rounding."""
-    size = 64
-    model = random_weights(models.build(arch, size)).double().train()
-    image = torch.randn(4, 3, size, size).double()
-    mask = masking.random_mask(4, 2, 0.6)
-    results = []
-    for replica in (model, torch.compile(model, fullgraph=True, dynamic=False)):
-        state = copy.deepcopy(model.state_dict())
-        loss = (replica(image, mask) - image).square().mean()
-        gradients = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
-        model.load_state_dict(state)                        # batch norm's statistics
-        results.append([loss, *[g for g in gradients if g is not None]])
-    for compiled, eager in zip(*results[::-1], strict=True):
-        assert relative(compiled, eager) < 1e-6 or eager.norm() < 1e-9
-
-
 # ---- analyze.py: the formulas
 
 def test_drawn_contexts_are_uniform():
@@ -1513,9 +1491,7 @@ def test_all_analyses_of_all_kinds(studied, tmp_path, capsys):
     analysed(tmp_path, *paths.values(), "--data", folder, "--images", "8", "--probe-images", "20",
              "--pairs", "2", "--contexts", "1")
     text = capsys.readouterr().out
-    for line in ("tuned-vit_nano: not applicable: no decoder", "tuned-vit_nano: its classifier",
-                 "resnet_nano: not applicable: a resnet_nano has no attention",
-                 "vit_nano: not applicable: no classifier", "tuned-vit_nano: for the true class",
+    for line in ("tuned-vit_nano: not applicable: no decoder", "tuned-vit_nano: for the true class",
                  "vit_nano: a linear probe of the last features, fitted on 20 images"):
         assert line in text
     page = (tmp_path / "index.html").read_text()
@@ -2052,10 +2028,6 @@ RATES = [
         0: 1.92e-07, 625: 0.000120192, 6249: 0.0012, 6250: 0.0012, 46875: 0.00105848642280094,
         93749: 0.000637222948568815, 93750: 0.000637212650608323, 140625: 0.000195818821982213,
         186874: 1.00350247537488e-05, 187499: 1.0000000089378e-05}),
-    ("train", "--arch deit_s --recipe imagenet100", 61, {
-        0: 1.31147540983607e-06, 61: 8.13114754098361e-05, 609: 0.0008, 610: 0.0008,
-        12200: 0.00069251213009595, 24399: 0.000412879209780293, 24400: 0.000412853464127703,
-        36600: 0.000128483380545077, 48738: 1.00032265305423e-05, 48799: 1.00000008393691e-05}),
     ("finetune", "--arch vit_b --protocol simmim", 1251, {
         0: 3.99680255795364e-07, 1251: 0.000500399680255795, 25019: 0.01, 25020: 0.01,
         31275: 0.00990393600937595, 62549: 0.00691387081131823, 62550: 0.00691372582010927,
@@ -2332,28 +2304,35 @@ def test_pages_name_what_there_is(page, monkeypatch):
         configure = {"train.py": recipes.pretraining, "finetune.py": protocols.finetuning}.get(script)
         if configure and "CHECKPOINT" not in argv and command not in BAD:
             configure(argv, "")
-    assert all(len(line) <= 112 or line.startswith("|") for line in page.read_text().splitlines())
+
+
+@functools.cache
+def held_out_images():
+    source = shapes.Shapes(32, "val")
+    return torch.stack([source[i][0] for i in range(256)])
 
 
 def errors_of(name, mean=None, std=None):
-    """Mean |error| of masked and of visible pixels, in standard deviations; of masked ones in levels."""
+    """Mean |error| over masked and over visible pixels, in standard deviations and in levels of 255."""
     model, about = weights.open_model(HERE / "checkpoints" / f"{name}.pt")
     mean = mean or about["mean"]
     std = std or about["std"]
-    source = shapes.Shapes(32, "val")
-    images = torch.stack([source[i][0] for i in range(64)])
-    mask = masking.random_mask(64, 4, 0.6, [data.generator(0, "mask", i) for i in range(64)])
-    M = masking.resize(mask, (32, 32)).expand(64, 3, 32, 32) > 0
+    images = held_out_images()
+    mask = masking.random_mask(256, 4, 0.6, [data.generator(0, "mask", i) for i in range(256)])
+    M = masking.resize(mask, (32, 32)).expand(256, 3, 32, 32) > 0
     x = data.normalize(images, mean, std)
     with torch.no_grad():
         error = (model.eval()(x, mask) - x).abs()
     levels = error * 255 * torch.tensor(std).view(-1, 1, 1)
-    return [float(part.mean()) for part in (error[M], error[~M], levels[M])]
+    means = [float(part.mean()) for part in (error[M], error[~M], levels[M], levels[~M])]
+    print("{}, std {:.3f}: masked {:.2f}, visible {:.2f}; in levels {:.1f}, {:.1f}".format(
+        name, std[0], *means))
+    return means
 
 
 def test_another_normalisation_is_worse_though_the_loss_may_be_lower():
-    masked, _, levels = errors_of("vit_nano-a2mim")
-    other, _, other_levels = errors_of("vit_nano-a2mim", [0.5] * 3, [0.5] * 3)
+    masked, _, levels, _ = errors_of("vit_nano-a2mim")
+    other, _, other_levels, _ = errors_of("vit_nano-a2mim", [0.5] * 3, [0.5] * 3)
     assert other < 0.6 * masked and other_levels > 1.05 * levels
     assert errors_of("vit_nano-a2mim", [0.0] * 3, [1.0] * 3)[2] > 1.2 * levels      # pixels in 0..1
     assert errors_of("vit_nano-a2mim", [0.0] * 3, [1 / 255] * 3)[2] > 3 * levels    # bytes
@@ -2362,7 +2341,7 @@ def test_another_normalisation_is_worse_though_the_loss_may_be_lower():
 @pytest.mark.parametrize("name", ["vit_nano-a2mim", "vit_nano-simmim",
                                   "resnet_nano-a2mim", "resnet_nano-simmim"])
 def test_visible_blocks_are_reconstructed_worse_than_masked_ones(name):
-    masked, visible, _ = errors_of(name)
+    masked, visible, _, _ = errors_of(name)
     assert visible > 1.1 * masked
 
 
