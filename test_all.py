@@ -379,6 +379,23 @@ def test_convnext():
     assert torch.equal(encoder(image), encoder.norm(theirs).movedim(-1, 1))
 
 
+@torch.no_grad()
+def test_classifier_on_the_class_token():
+    """As the published DeiT-S on ImageNet-100: without biases of q and v, blind to other tokens."""
+    encoder = models.build("vit_nano", 32, qv_bias=False).encoder
+    assert not any(name.endswith(("q_bias", "v_bias")) for name in encoder.state_dict())
+    model = models.Predictor(encoder, 1000, "token", head_std=0.02).eval()
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    image = torch.randn(2, 3, 32, 32)
+    logits = model(image)
+    for token in range(65):
+        def change(block, inputs, z):
+            z[:, token, 0] += 1
+        hook = encoder.blocks[-1].register_forward_hook(change)
+        assert torch.equal(model(image), logits) == (token > 0)
+        hook.remove()
+
+
 def test_drop_path_drops_branches_of_single_images():
     vit = models.Block(8, 2, 16, 0.5, None, None)
     encoder = models.ResNet(32, block=models.Basic, depths=(1, 1, 1, 2), width=8, drop_path=0.5)
@@ -442,14 +459,29 @@ CROPS = dict(img_size=16, crop_scale=(0.5, 1.0), mask="random", mask_size=4, mas
 
 # ---- the stream of samples
 
-def stream(source, workers=0):
-    """Hashes of the crops and masks of a run's first six steps."""
-    batches = data.Batches(len(source), 12, 12, 0, 6)
+def stream(source, world=1, micro=12, workers=0, start=0, seed=0):
+    """Hashes of what a run's first six steps would see, in the order of the batch."""
+    crops = data.Crops(source, CROPS, seed)
+    ranks = []
+    for rank in range(world):
+        batches = data.Batches(len(source), 12, micro, start, 6, seed, rank, world)
+        ranks.append(data.loader(crops, batches, workers))
     hashes = []
-    for images, masks, _ in data.loader(data.Crops(source, CROPS, 0), batches, workers):
-        for image, mask in zip(images, masks):
-            hashes.append(zlib.crc32(image.numpy().tobytes() + mask.numpy().tobytes()))
+    for micro_batches in zip(*ranks, strict=True):
+        for images, masks, _ in micro_batches:
+            for image, mask in zip(images, masks):
+                hashes.append(zlib.crc32(image.numpy().tobytes() + mask.numpy().tobytes()))
     return hashes
+
+
+def test_stream_depends_on_nothing_but_the_seed():
+    source = shapes.Shapes(16, count=40)
+    expected = stream(source)
+    assert len(expected) == 72 and len(set(expected)) == 72     # no two crops alike
+    for same in (dict(micro=4), dict(world=3, micro=2), dict(world=2, micro=3, workers=1)):
+        assert stream(source, **same) == expected, same
+    assert stream(source, start=4) == expected[48:]             # continued, in another epoch
+    assert set(stream(source, seed=1)).isdisjoint(expected)
 
 
 def test_the_stream_is_that_of_the_first_version():
@@ -1273,6 +1305,23 @@ def test_drop_path_of_timm():
 
 # ---- attention's bias, torch.compile
 
+@pytest.mark.parametrize("grid,stride", [(3, 16), (8, 72), (14, 200)])
+def test_bias_as_fused_attention_wants_it(grid, stride):
+    """In the queries' dtype, contiguous along keys, rows at multiples of 8; values as by the index."""
+    attention = random_weights(models.Attention(12, 3, grid))
+    table = attention.relative_position_bias_table
+    N = grid ** 2 + 1
+    expected = F.embedding(models.relative_position_index(grid), table).permute(2, 0, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = attention.position_bias(dtype)
+        assert bias.dtype == dtype and bias.stride() == (N * stride, stride, 1)
+        assert bias.storage_offset() == 0 and torch.equal(bias, expected.to(dtype))
+    weight = torch.randn(3, N, N)
+    gradients = [torch.autograd.grad((weight * values).sum(), table)[0]
+                 for values in (attention.position_bias(torch.float32), expected)]
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bias_under_autocast(dtype, monkeypatch):
     """Attention gets all of its inputs in one dtype, and the bias as it was made, uncopied."""
@@ -1294,8 +1343,8 @@ def compiling():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("arch", ["vit_b", "resnet18", "resnet50", "convnext_t", "swin_t",
-                                  "timm/convnextv2_atto", "timm/regnety_002"])
+@pytest.mark.parametrize(
+    "arch", [*models.PRESETS, "timm/convnextv2_atto", "timm/regnety_002"])
 def test_every_model_is_one_graph(arch, compiling):
     """In training, with drop path; two blocks a stage, on the meta device: there are no numbers."""
     if arch.startswith("timm/"):
@@ -1501,6 +1550,25 @@ def test_all_analyses_of_all_kinds(studied, tmp_path, capsys):
     matrix = np.concatenate(list(numbers(tmp_path, "cka")["more"].values()))
     assert matrix.shape == (20, 20)
     assert np.allclose(np.diag(matrix), 1) and np.allclose(matrix, matrix.T)
+
+
+@pytest.mark.skipif(not SLOW, reason="compiling takes minutes: SLOW=1")
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano", "timm/convnextv2_atto"])
+def test_inductor(arch, compiling):
+    """Loss and gradients of what Inductor makes of it, in float64: batch norms enlarge rounding."""
+    size = 64
+    model = random_weights(models.build(arch, size)).double().train()
+    image = torch.randn(4, 3, size, size).double()
+    mask = masking.random_mask(4, 2, 0.6)
+    results = []
+    for replica in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+        state = copy.deepcopy(model.state_dict())
+        loss = (replica(image, mask) - image).square().mean()
+        gradients = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+        model.load_state_dict(state)                        # batch norm's statistics
+        results.append([loss, *[g for g in gradients if g is not None]])
+    for compiled, eager in zip(*results[::-1], strict=True):
+        assert relative(compiled, eager) < 1e-6 or eager.norm() < 1e-9
 
 
 def mean_interaction(v, S, pair):
@@ -2016,34 +2084,76 @@ RATES = [
     ("train", "--arch vit_b", 625, {
         0: 6.4e-08, 625: 4.0064e-05, 6249: 0.0004, 6250: 0.0004, 125000: 0.0004, 250000: 0.0004,
         437499: 0.0004, 437500: 4e-05, 499374: 4e-05, 499999: 4e-05}),
+    ("train", "--arch resnet50 --epochs 100", 625, {
+        0: 1.92e-07, 625: 0.000120192, 6249: 0.0012, 6250: 0.0012, 15625: 0.00112028511525174,
+        31249: 0.000708353391765014, 31250: 0.000708320665711824, 46875: 0.000222541372236509,
+        61874: 1.03636185986402e-05, 62499: 1.00000009279865e-05}),
     ("train", "--arch resnet50", 625, {
         0: 1.92e-07, 625: 0.000120192, 6249: 0.0012, 6250: 0.0012, 46875: 0.00105848642280094,
         93749: 0.000637222948568815, 93750: 0.000637212650608323, 140625: 0.000195818821982213,
         186874: 1.00350247537488e-05, 187499: 1.0000000089378e-05}),
+    ("train", "--arch convnext_t", 625, {
+        0: 1.92e-07, 625: 0.000120192, 6249: 0.0012, 6250: 0.0012, 46875: 0.00105848642280094,
+        93749: 0.000637222948568815, 93750: 0.000637212650608323, 140625: 0.000195818821982213,
+        186874: 1.00350247537488e-05, 187499: 1.0000000089378e-05}),
+    ("train", "--arch deit_s --recipe imagenet100", 61, {
+        0: 1.31147540983607e-06, 61: 8.13114754098361e-05, 609: 0.0008, 610: 0.0008,
+        12200: 0.00069251213009595, 24399: 0.000412879209780293, 24400: 0.000412853464127703,
+        36600: 0.000128483380545077, 48738: 1.00032265305423e-05, 48799: 1.00000008393691e-05}),
     ("finetune", "--arch vit_b --protocol simmim", 1251, {
         0: 3.99680255795364e-07, 1251: 0.000500399680255795, 25019: 0.01, 25020: 0.01,
         31275: 0.00990393600937595, 62549: 0.00691387081131823, 62550: 0.00691372582010927,
         93825: 0.0022229266200185, 123848: 4.86059714746685e-06, 125099: 1.00000246321143e-06}),
+    ("finetune", "--arch deit_s --recipe imagenet100", 123, {
+        0: 1.30081300813008e-05, 123: 0.0016130081300813, 614: 0.008, 615: 0.008,
+        3075: 0.00715666746733088, 6149: 0.00433184770069101, 6150: 0.00433077609221659,
+        9225: 0.00129171235428285, 12176: 3.22239454821203e-06, 12299: 1.00014454997275e-06}),
     ("finetune", "--arch resnet50 --recipe imagenet100", 61, {
         0: 4.09836065573771e-06, 61: 0.000254035682092883, 1219: 0.00452339435370315,
         1220: 0.00452263797744018, 1525: 0.00426791339957578, 3049: 0.00250178728040828,
         3050: 0.0025005, 4575: 0.000733086600424225, 6038: 2.27411814154585e-06,
         6099: 1.00033148448888e-06}),
+    ("finetune", "--arch convnext_s --protocol convnext", 312, {
+        0: 2.56410256410256e-06, 312: 0.00080254210551526, 1559: 0.00399726326594934,
+        1560: 0.00399725975474177, 23400: 0.0034143600089825, 46799: 0.00200056711126613,
+        46800: 0.0020005, 70200: 0.000586639991017498, 93287: 1.11033775454957e-06,
+        93599: 1.00000112626211e-06}),
     ("finetune", "--arch resnet50 --protocol rsb_a3", 625, {
         0: 2.56e-06, 625: 0.00160216466611277, 3124: 0.00796846274790725,
         3125: 0.00795075951821025, 15625: 0.0068285735713556, 31249: 0.00412612733093297,
         31250: 0.0040005, 46875: 0.0011724264286444, 61874: 8.8920996511279e-06,
         62499: 2.97351181725647e-06}),
+    ("finetune", "--arch resnet101 --protocol rsb_a2", 625, {
+        0: 1.6e-06, 625: 0.00100157254631008, 3124: 0.0049978075138321, 3125: 0.00499657452211906,
+        46875: 0.00426791339957578, 93749: 0.00252667422439856, 93750: 0.0025005,
+        140625: 0.000733086600424225, 186874: 1.54818165462367e-06, 187499: 1.1370491709024e-06}),
 ]
 
 
-# The recipes' and protocols' rows above say which schedule the other models have
 @pytest.mark.parametrize("script,argv,steps_per_epoch,rates", RATES)
 def test_published_learning_rates(script, argv, steps_per_epoch, rates):
     config = (config_of if script == "train" else protocol_of)(*argv.split())
     for step, rate in rates.items():
         factor = optim.learning_rate(config, step, steps_per_epoch)
         assert config.lr * factor == pytest.approx(rate, rel=1e-12, abs=1e-17), step
+
+    # and by the formula, at the first, a middle and the last step of every epoch
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = config.epochs * steps_per_epoch
+    for epoch in range(config.epochs):
+        for within in (0, steps_per_epoch // 2, steps_per_epoch - 1):
+            step = epoch * steps_per_epoch + within
+            progress = {"step": 0.0,
+                        "cosine": max(0, step - warmup) / (total - warmup),
+                        "cosine_from_start": step / total,
+                        "cosine_by_epoch": epoch / config.epochs}[config.schedule]
+            low = config.min_lr or 0.0
+            rate = low + (config.lr - low) * (1 + math.cos(math.pi * progress)) / 2
+            if config.schedule == "step" and epoch >= 700:
+                rate = 0.1 * config.lr
+            rate *= min(1.0, (step + 1) / warmup)
+            factor = optim.learning_rate(config, step, steps_per_epoch)
+            assert config.lr * factor == pytest.approx(rate, rel=1e-12), step
 
 
 def test_schedules_of_short_runs():
@@ -2087,6 +2197,7 @@ TUNED_MODELS = [  # options; pool, head_std, qv_bias, sync_bn; weight decay; fac
     ("--arch deit_s --recipe imagenet100", ("token", 0.02, False, True), 0.05, OF_DEIT),
     ("--arch resnet50 --recipe imagenet100", ("mean", 0.01, None, False), 0.05, {"": 1}),
     ("--arch resnet50 --protocol rsb_a3", ("mean", 0.01, None, True), 0.02, {"": 1}),
+    ("--arch resnet50 --protocol rsb_a2", ("mean", 0.01, None, True), 0.02, {"": 1}),
     ("--arch convnext_t --protocol convnext", ("mean", 0.02, None, True), 0.05, {"": 1}),
     ("--arch resnet_nano --protocol small", ("mean", 0.01, None, True), 0.05,
      {"head": 1, r"encoder\.layer4": 0.8, r"encoder\.layer1": 0.8 ** 4,
@@ -2352,6 +2463,31 @@ def test_what_the_model_sees_of_masked_pixels(arch, options, leaks):
 
 
 # ---- what a user can get wrong: one line, exit code 2, nothing on the disk changed
+
+@pytest.mark.parametrize("common, low, high", [(0.0, 3.3, 5.5), (1.0, 0.9, 1.5)])
+def test_a_smaller_micro_batch_raises_the_frequency_loss(common, low, high):
+    """32 errors averaged by 8: about 4 times as much where nothing is common to the images."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(1, 3, 32, 32, generator=generator)
+    target = torch.randn(32, 3, 32, 32, generator=generator) + common * 3 * shared
+    mask = torch.ones(32, 4, 4)
+    criterion = losses.A2MIMLoss()
+    whole = criterion(torch.zeros_like(target), target, mask)
+    parts = [criterion(torch.zeros_like(x), x, m) for x, m in zip(target.split(8), mask.split(8))]
+    frequency = sum(part["frequency"] for part in parts) / 4
+    assert low < frequency / whole["frequency"] < high
+    spatial = sum(part["spatial"] for part in parts) / 4
+    assert torch.allclose(spatial, whole["spatial"])
+
+
+def test_an_encoder_without_decoder_says_so():
+    """As after `weights.py export --to encoder`, or of a file for fine-tuning."""
+    model, about = weights.open_model(HERE / "checkpoints" / "vit_nano-a2mim.pt")
+    state = model.encoder.state_dict() | {"decoder_pred.weight": torch.zeros(3)}
+    fresh = models.build("vit_nano", 32)
+    said = weights.describe(weights.load(fresh, state))
+    assert "new: mask_token.token, decoder." in said and "left in the file: decoder_pred.weight" in said
+
 
 BAD = {  # command line: words of the one line
     "train.py --arch vit_x": "unknown arch 'vit_x': choose from",
