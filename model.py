@@ -551,21 +551,22 @@ class Timm(Encoder):
         self.stem = Piece(False, channels_last)
         self.layers = nn.ModuleList()
         self.paths = {}
-        piece, prefix = self.stem, "stem"
+        piece = self.stem
         for flat, module in net.items():
-            self.paths[f"{prefix}.{len(piece)}"] = path_of[flat]
+            place = f"layers.{len(self.layers) - 1}" if self.layers else "stem"
+            self.paths[f"{place}.{len(piece)}"] = path_of[flat]
             piece.append(module)
             if path_of[flat] in net.feature_info.module_name()[:-1]:
-                piece, prefix = Piece(channels_last, channels_last), f"layers.{len(self.layers)}"
+                piece = Piece(channels_last, channels_last)
                 self.layers.append(piece)
 
         there = tuple(path + "." for path in self.paths.values())
         self.missing = [name for name in whole.state_dict() if not name.startswith(there)
                         and not name.endswith("num_batches_tracked")]       # PyTorch adds it
         self.classifier = whole.pretrained_cfg["classifier"]
-        weight, bias = f"{self.classifier}.weight", f"{self.classifier}.bias"
-        is_ours = self.missing == [weight, bias] and not hasattr(whole, "final_act")    # of NFNets
-        self.head_shape = whole.get_parameter(weight).shape[1:] if is_ours else None
+        head = [f"{self.classifier}.weight", f"{self.classifier}.bias"]
+        is_ours = self.missing == head and not hasattr(whole, "final_act")      # of NFNets
+        self.head_shape = whole.get_parameter(head[0]).shape[1:] if is_ours else None
 
     def check(self):
         super().check()

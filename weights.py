@@ -283,7 +283,8 @@ def export(source, to, arch=None, img_size=None):
         table = [(rf"^{ours}\.", path + ".") for ours, path in encoder.paths.items()]
         table.append((r"^head\.", f"{encoder.classifier}."))
         if not classes or encoder.head_shape is None:
-            state, missing = encoder.state_dict(), encoder.missing
+            state = encoder.state_dict()
+            missing = encoder.missing
         else:  # a linear layer, or a convolution of 1×1
             state["head.weight"] = state["head.weight"].reshape(classes, *encoder.head_shape)
     elif to == "timm" and kind is models.ViT:
