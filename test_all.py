@@ -651,6 +651,8 @@ def test_odd_images_are_read_or_replaced_by_the_same_others(tmp_path, monkeypatc
 
     write_images(tmp_path / "b", FLAT)
     source = data.Folder(str(tmp_path), "test")
+    assert stream(source) == stream(source, world=2, micro=3, workers=2)
+    capfd.readouterr()
     for index in range(len(source)):
         name = os.path.basename(source.where(index))
         assert data.readable(source, index, 7)[1] == (name in bad), name
@@ -1365,6 +1367,37 @@ def test_every_model_is_one_graph(arch, compiling):
 
 # ---- analyze.py: the formulas
 
+def mean_interaction(v, S, pair):
+    """Mean of v(S∪{i,j}) − v(S∪{i}) − v(S∪{j}) + v(S) over contexts S (C, players) bool."""
+    i, j = pair
+    terms = []
+    for context in S:
+        members = set(np.flatnonzero(context))
+        terms.append(v(members | {i, j}) - v(members | {i}) - v(members | {j}) + v(members))
+    return np.mean(terms)
+
+
+def test_interactions_are_their_definition():
+    table = np.random.default_rng(0).standard_normal(2 ** 9)
+    played = []
+
+    def v(S):
+        return table[sum(2 ** player for player in S)]
+
+    def value(coalitions):
+        played.append(len(np.unique(coalitions, axis=0)) == len(coalitions))
+        return np.array([v(np.flatnonzero(row)) for row in coalitions])
+
+    pairs = analyze.draw_pairs(3, 100, np.random.default_rng(1))
+    assert len(pairs) == 36                                 # 3×3: all are neighbours
+    I = analyze.interactions(value, 9, pairs, range(8), 20, np.random.default_rng(2))
+    rng = np.random.default_rng(2)
+    drawn = [analyze.contexts(9, pairs, m, 20, rng) for m in range(8)]
+    expected = [[mean_interaction(v, *each) for each in zip(S, pairs.tolist())] for S in drawn]
+    assert np.abs(I - expected).max() <= 1e-12
+    assert played == [True]                                 # once, each coalition once
+
+
 def test_drawn_contexts_are_uniform():
     rng = np.random.default_rng(0)
     pairs = np.array([[0, 1], [3, 7], [14, 15]])
@@ -1571,18 +1604,8 @@ def test_inductor(arch, compiling):
         assert relative(compiled, eager) < 1e-6 or eager.norm() < 1e-9
 
 
-def mean_interaction(v, S, pair):
-    """Mean of v(S∪{i,j}) − v(S∪{i}) − v(S∪{j}) + v(S) over contexts S (C, players) bool."""
-    i, j = pair
-    terms = []
-    for context in S:
-        members = set(np.flatnonzero(context))
-        terms.append(v(members | {i, j}) - v(members | {i}) - v(members | {j}) + v(members))
-    return np.mean(terms)
-
-
 @torch.no_grad()
-def test_interactions_are_their_definition(studied, tmp_path, monkeypatch):
+def test_interaction_of_a_network_by_enumeration(studied, tmp_path, monkeypatch):
     """J of a ViT of nine patches, from its outputs for all 512 coalitions."""
     folder = studied[0]
     options = dict(patch_size=8, dim=24, depth=2, heads=3, mlp_dim=48, like="vit_nano")
@@ -1758,6 +1781,14 @@ def test_bench_step(tmp_path, monkeypatch, capsys):
     block = 65 * 96 * (4 * 96 + 2 * 384) + 2 * 65 ** 2 * 96     # 65 tokens of 96
     image = 3 * 2 * (4 * block + 64 * 96 * 3 * 64 * 2)
     assert eager["flops"] == pytest.approx(2 * 2 * image, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bench_matmul_takes_the_dtype_of_autocast(dtype, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda n, m, device: torch.ones(n // 64, m // 64))
+    works = bench.matmuls(torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
+    for n, (function, a, b) in works.items():
+        assert function(a, b).dtype == dtype and a.shape == b.shape == (n // 64, n // 64)
 
 
 def test_speed_page_says_what_its_files_say():
