@@ -287,12 +287,15 @@ def fill_in(text, results):
         if checkpoint:
             arch, arm = checkpoint.groups()
             path = ROOT / f"checkpoints/{arch}-{arm}.pt"
-            line = checkpoint[0] + " not made yet | | |"
+            line = checkpoint[0] + " not made yet | | | | |"
             if path.exists():
                 content = path.read_bytes()
                 made = results[f"world/{arch}/{arm}/pretrain/seed0"]["command"]
+                scores = [values(results, f"{table}/{arch}/{arm}", "mask-256", "miou")
+                          for table in ("world", "half")]
+                full, half = [score.get(0, math.nan) for score in scores]
                 line = (f"{checkpoint[0]} {len(content):,} | {hashlib.sha256(content).hexdigest()} | "
-                        f"`python {made}` |")
+                        f"{full:.2f} | {half:.2f} | `python {made}` |")
         lines.append(line)
         if line.startswith("<!-- table: "):
             table, *parts = line.split()[2:-1]
@@ -304,14 +307,20 @@ def draw(results, path):
     """Quality against labels; below it the gain over scratch, with 95 % intervals."""
     from matplotlib.figure import Figure                # optional
 
-    figure = Figure(figsize=(14, 11), layout="constrained")
-    axes = figure.subplots(4, 4)
-    panels = [("cifar10", "class", "top1", (100, 500, 5000)), ("world", "class", "top1", (1024,)),
-              ("world", "mask", "miou", (64, 256, 1024)), ("world", "pose", "centre_px", (256,))]
+    names = {"top1": "top-1, %", "miou": "mIoU, %", "centre_px": "error of the centre, px"}
+    panels = []                                         # a column each, of what was run
+    for table, task, metric in (("cifar10", "class", "top1"), ("world", "class", "top1"),
+                                ("world", "mask", "miou"), ("world", "pose", "centre_px")):
+        found = [re.match(rf"{table}/.*/{task}-(\d+)/", run) for run in results]
+        labels = sorted({int(match[1]) for match in found if match})
+        if labels:
+            panels.append((table, task, metric, labels))
+    figure = Figure(figsize=(4 * len(panels), 11), layout="constrained")
+    axes = figure.subplots(4, len(panels), squeeze=False)
     for column, (table, task, metric, labels) in enumerate(panels):
         for row, place in enumerate([f"{table}/{arch}" for arch in ARCHS]):
             above, below = axes[2 * row:2 * row + 2, column]
-            above.set(title=f"{place}: {task}", ylabel=metric)
+            above.set(title=f"{place}: {task}", ylabel=names[metric])
             below.set(ylabel="gain over scratch", xlabel="labels")
             below.axhline(0, color="k", lw=0.5)
             for ax in (above, below):
