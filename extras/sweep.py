@@ -315,7 +315,7 @@ def draw(results, path):
         labels = sorted({int(match[1]) for match in found if match})
         if labels:
             panels.append((table, task, metric, labels))
-    figure = Figure(figsize=(4 * len(panels), 11), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 9), layout="constrained")
     axes = figure.subplots(4, len(panels), squeeze=False)
     for column, (table, task, metric, labels) in enumerate(panels):
         for row, place in enumerate([f"{table}/{arch}" for arch in ARCHS]):
