@@ -332,7 +332,7 @@ def draw(results, path):
                     ours = list(values(results, f"{place}/{arm}", part, metric).values())
                     change = gain(results, f"{place}/{arm}", f"{place}/scratch", part, metric)
                     if change:
-                        points.append((x + i / 12, np.mean(ours), *change[:2]))
+                        points.append((x + (i - 1.5) / 12, np.mean(ours), *change[:2]))
                 if points:
                     x, mean, gains, half = zip(*points)
                     above.plot(x, mean, "o-", color=f"C{i}", label=arm)
