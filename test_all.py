@@ -2593,6 +2593,7 @@ BAD = {  # command line: words of the one line
     "extras/prepare.py few text": "text exists",
     "extras/prepare.py broken out.tar --workers 0": "no image can be read",
     "extras/sweep.py --jobs many": "invalid int value: 'many'",
+    "extras/sweep.py --show --results nowhere": "no results in nowhere",
 }
 
 

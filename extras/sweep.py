@@ -287,15 +287,15 @@ def fill_in(text, results):
         if checkpoint:
             arch, arm = checkpoint.groups()
             path = ROOT / f"checkpoints/{arch}-{arm}.pt"
+            made = results.get(f"world/{arch}/{arm}/pretrain/seed0")
             line = checkpoint[0] + " not made yet | | | | |"
-            if path.exists():
+            if made and path.exists():
                 content = path.read_bytes()
-                made = results[f"world/{arch}/{arm}/pretrain/seed0"]["command"]
                 scores = [values(results, f"{table}/{arch}/{arm}", "mask-256", "miou")
                           for table in ("world", "half")]
                 full, half = [score.get(0, math.nan) for score in scores]
                 line = (f"{checkpoint[0]} {len(content):,} | {hashlib.sha256(content).hexdigest()} | "
-                        f"{full:.2f} | {half:.2f} | `python {made}` |")
+                        f"{full:.2f} | {half:.2f} | `python {made['command']}` |")
         lines.append(line)
         if line.startswith("<!-- table: "):
             table, *parts = line.split()[2:-1]
@@ -367,6 +367,8 @@ def main(argv=None):
             torch.save(kept, ROOT / f"checkpoints/{arch}-{arm}.pt")
     elif args.show:
         results = read_results(args.results)
+        if not results:
+            raise ValueError(f"no results in {args.results}: train some first, python extras/sweep.py")
         for page in PAGES:
             page.write_text(fill_in(page.read_text(), results))
         draw(results, ROOT / "docs/images/evidence.png")
