@@ -1891,13 +1891,17 @@ def test_evidence_statistics_by_hand():
 
 def test_evidence_goes_on_and_says_what_failed(tmp_path):
     where = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--steps", "1"]
-    one = ["world/vit_nano/scratch", "mask-256/seed0"]
+    one = ["world/vit_nano/simmim", "mask-64/seed1"]
     sweep.main([*one, *where])
-    path, = tmp_path.glob("world/*/*/*/seed0.json")
-    assert json.loads(path.read_text())["step"] == 1
+    begins, path = sorted(tmp_path.glob("world/*/*/*/seed1.json"), key=os.path.getmtime)
+    assert begins.parent.name == "pretrain" and json.loads(path.read_text())["step"] == 1
     path.write_text("{}")
     sweep.main([*one, *where])                          # what has a result is not done again
     assert path.read_text() == "{}"
+    path.unlink()
+    shutil.rmtree(tmp_path / "runs")                    # in a fresh clone: results, no weights
+    sweep.main([*one, *where])
+    assert json.loads(path.read_text())["step"] == 1
     with pytest.raises(ValueError, match="exit code 2: see its log.txt"):
         sweep.main(["cifar10/vit_nano/scratch", "class-100", "--data", "nowhere", *where])
 

@@ -193,11 +193,13 @@ def train_missing(args):
         raise ValueError(f"no run has {' and '.join(args.words)} in its name")
     wanted = set()
     for run in reversed(runs):
-        has_result = Path(args.results, run + ".json").exists()
-        if (run in asked or run in wanted) and not has_result:
-            wanted |= {run, start(run)}                 # which comes later in this order
-        else:
-            wanted.discard(run)
+        done = Path(args.results, run + ".json").exists()
+        if run in wanted or run in asked and not done:
+            wanted.add(run)
+            before = start(run)                         # which comes later in this order
+            if before and not (Path(args.results, before + ".json").exists()
+                               and Path(checkpoint(run, args)).exists()):
+                wanted.add(before)
 
     def run_process(group):
         process = multiprocessing.get_context("spawn").Process(target=work, args=(group, args))
