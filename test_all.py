@@ -1900,8 +1900,10 @@ def test_evidence_goes_on_and_says_what_failed(tmp_path):
     assert path.read_text() == "{}"
     path.unlink()
     shutil.rmtree(tmp_path / "runs")                    # in a fresh clone: results, no weights
-    sweep.main([*one, *where])
+    first = begins.read_text()
+    sweep.main([*one, *where])                          # what it begins with is trained again
     assert json.loads(path.read_text())["step"] == 1
+    assert begins.read_text() == first and begins.with_suffix(".2.json").exists()
     with pytest.raises(ValueError, match="exit code 2: see its log.txt"):
         sweep.main(["cifar10/vit_nano/scratch", "class-100", "--data", "nowhere", *where])
 

@@ -180,6 +180,9 @@ def work(group, args):
                 result[metric] = means[places.index(place)]
         path = Path(args.results, run + ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
+        times = len(list(path.parent.glob(path.stem + ".*")))
+        if times:                                       # trained again: the first result stays
+            path = path.with_suffix(f".{times + 1}.json")
         path.write_text(json.dumps(result, indent=1))
         print(f"{run}: {seconds} s", flush=True)
 
