@@ -1904,6 +1904,10 @@ def test_evidence_goes_on_and_says_what_failed(tmp_path):
     sweep.main([*one, *where])                          # what it begins with is trained again
     assert json.loads(path.read_text())["step"] == 1
     assert begins.read_text() == first and begins.with_suffix(".2.json").exists()
+    path.unlink()
+    (tmp_path / "runs/world/vit_nano/simmim/pretrain/seed1/unfinished").touch()
+    sweep.main([*one, *where])                          # so it is after an interrupted repeat
+    assert begins.with_suffix(".3.json").exists()
     with pytest.raises(ValueError, match="exit code 2: see its log.txt"):
         sweep.main(["cifar10/vit_nano/scratch", "class-100", "--data", "nowhere", *where])
 
@@ -1918,6 +1922,9 @@ def test_evidence_pages_are_the_results():
         miou = sweep.values(RESULTS, f"world/resnet_nano/{arm}", "mask-256", "miou")
         even, odd = [np.mean([miou[seed] for seed in seeds]) for seeds in ((0, 2, 4), (1, 3, 5))]
         assert abs(even - odd) < 0.15
+    repeats = sorted((HERE / "results/half/vit_nano/simmim/mask-256").glob("seed0*.json"))
+    for path in repeats:
+        assert f"{json.loads(path.read_text())['miou']:.2f}" in sweep.PAGES[1].read_text(), path.name
 
 
 def test_evidence_pairs_are_pairs():

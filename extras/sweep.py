@@ -153,6 +153,7 @@ def work(group, args):
         folder = Path(args.out, run)
         first_time = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "unfinished").touch()                 # last.pt is there long before the end
         program, *argv = command(run, args)
         began = time.time()
         with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -184,6 +185,7 @@ def work(group, args):
         if times:                                       # trained again: the first result stays
             path = path.with_suffix(f".{times + 1}.json")
         path.write_text(json.dumps(result, indent=1))
+        (folder / "unfinished").unlink()
         print(f"{run}: {seconds} s", flush=True)
 
 
@@ -197,11 +199,12 @@ def train_missing(args):
     wanted = set()
     for run in reversed(runs):
         done = Path(args.results, run + ".json").exists()
-        if run in wanted or run in asked and not done:
+        if run in wanted or (run in asked and not done):
             wanted.add(run)
             before = start(run)                         # which comes later in this order
-            if before and not (Path(args.results, before + ".json").exists()
-                               and Path(checkpoint(run, args)).exists()):
+            init = Path(checkpoint(run, args))
+            finished = init.exists() and not init.with_name("unfinished").exists()
+            if before and not (finished and Path(args.results, before + ".json").exists()):
                 wanted.add(before)
 
     def run_process(group):
