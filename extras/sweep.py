@@ -348,6 +348,8 @@ def draw(results, path):
             upper = values(results, f"{place}/supervised", "pretrain", metric)
             if table == "cifar10" and upper:            # with all labels
                 above.axhline(upper[0], color="C1", ls="--")
+            if not above.lines:
+                above.text(0.5, 0.5, "not run yet", ha="center", transform=above.transAxes)
     fullest = max(axes[::2].flat, key=lambda ax: len(ax.lines))
     figure.legend(*fullest.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=90)
