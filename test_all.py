@@ -1922,6 +1922,13 @@ def test_evidence_pages_are_the_results():
         miou = sweep.values(RESULTS, f"world/resnet_nano/{arm}", "mask-256", "miou")
         even, odd = [np.mean([miou[seed] for seed in seeds]) for seeds in ((0, 2, 4), (1, 3, 5))]
         assert abs(even - odd) < 0.15
+    dropped = []                                        # top-1 with half of the patches, as it says
+    for arm in sweep.FOUR[1:]:
+        for seed in range(4):
+            curves = RESULTS[f"world/resnet_nano/{arm}/occlusion/seed{seed}"]["curves"]
+            places, means, *_ = curves["top-1, %, by share of patches dropped"]["model"]
+            dropped.append(means[places.index(0.5)])
+    assert f"{min(dropped):.1f} to {max(dropped):.1f} % of ten classes" in sweep.PAGES[0].read_text()
     repeats = sorted((HERE / "results/half/vit_nano/simmim/mask-256").glob("seed0*.json"))
     for path in repeats:
         assert f"{json.loads(path.read_text())['miou']:.2f}" in sweep.PAGES[1].read_text(), path.name
