@@ -1918,17 +1918,30 @@ def test_evidence_pages_are_the_results():
     readme = re.search(r"<!-- evidence -->(.*?)<!-- end -->", (HERE / "README.md").read_text(), re.S)
     numbers = re.findall(r"\d+\.\d+", readme[1]) if readme else []
     assert [number for number in numbers if number not in sweep.PAGES[0].read_text()] == []
+    text = " ".join(sweep.PAGES[0].read_text().split())  # what its sentences say
     for arm in ("simmim", "a2mim"):                     # of two pre-trainings, as the page says
         miou = sweep.values(RESULTS, f"world/resnet_nano/{arm}", "mask-256", "miou")
         even, odd = [np.mean([miou[seed] for seed in seeds]) for seeds in ((0, 2, 4), (1, 3, 5))]
         assert abs(even - odd) < 0.15
-    dropped = []                                        # top-1 with half of the patches, as it says
-    for arm in sweep.FOUR[1:]:
-        for seed in range(4):
-            curves = RESULTS[f"world/resnet_nano/{arm}/occlusion/seed{seed}"]["curves"]
-            places, means, *_ = curves["top-1, %, by share of patches dropped"]["model"]
-            dropped.append(means[places.index(0.5)])
-    assert f"{min(dropped):.1f} to {max(dropped):.1f} % of ten classes" in sweep.PAGES[0].read_text()
+    for arch, words in (("resnet_nano", " of ten classes"), ("vit_nano", "")):
+        dropped = []                                    # top-1 with half of the patches, as it says
+        for arm in sweep.FOUR[1:]:
+            for seed in range(4):
+                curves = RESULTS[f"world/{arch}/{arm}/occlusion/seed{seed}"]["curves"]
+                places, means, *_ = curves["top-1, %, by share of patches dropped"]["model"]
+                dropped.append(means[places.index(0.5)])
+        assert f" {min(dropped):.1f} to {max(dropped):.1f} %{words}" in text
+    ended = [json.loads((HERE / f"results/world/vit_nano/supervised/pretrain/{seed}.json").read_text())
+             for seed in ("seed0", "seed1", "seed1.2")]  # the supervised ViTs, as it says
+    ended = ["{:.2f}".format(result["top1"]) for result in ended]
+    assert "{} and {} % top-1 (the second trained again: {})".format(*ended) in text
+    for part, metric, least, words in (("class-1024", "top1", 1.7, "{:.2f} and {:.2f} % top-1"),
+                                       ("mask-1024", "miou", 0.4, "{:.2f} and {:.2f} mIoU")):
+        by_arm = [sweep.values(RESULTS, f"world/vit_nano/{arm}", part, metric)
+                  for arm in sweep.FOUR[1:]]
+        means = [((of[0] + of[2]) / 2, (of[1] + of[3]) / 2) for of in by_arm]
+        assert words.format(*means[0]) in text
+        assert all(abs(first - second) < least for first, second in means[1:])
     repeats = sorted((HERE / "results/half/vit_nano/simmim/mask-256").glob("seed0*.json"))
     for path in repeats:
         assert f"{json.loads(path.read_text())['miou']:.2f}" in sweep.PAGES[1].read_text(), path.name
