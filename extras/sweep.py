@@ -1,9 +1,10 @@
 """Train the evidence of docs/evidence.md: what is pre-training worth, and which part of it?
 
   python extras/sweep.py --jobs 2                    all that is missing, the most important first
-  python extras/sweep.py world/vit_nano mask-256     runs with these words in their names, and what
+  python extras/sweep.py world/vit_nano mask-256     runs with these parts in their names, and what
                                                      they begin with
-  python extras/sweep.py --show                      tables, ledger and figure, of what is in results/
+  python extras/sweep.py cka --results runs/again    again, as that folder has no results yet
+  python extras/sweep.py --show                      tables, ledger, figure: of what is in results/
   python extras/sweep.py --checkpoints               the files in checkpoints/
 
 A run's name is TABLE/ARCH/ARM/PART/seedN: below --out is its folder, below --results its result.
@@ -193,9 +194,10 @@ def train_missing(args):
     """Train what is asked for and has no result. Raises ValueError if a run fails."""
     stages = [plan(*stage) for stage in STAGES]
     runs = [run for stage in stages for group in stage for run in group]
-    asked = {run for run in runs if all(word in run for word in args.words)}
+    asked = {run for run in runs if all(f"/{word}/" in f"/{run}/" for word in args.words)}
     if not asked:
-        raise ValueError(f"no run has {' and '.join(args.words)} in its name")
+        raise ValueError(f"no run has {' and '.join(args.words)} in its name: take parts of names "
+                         f"like {runs[0]}")
     wanted = set()
     for run in reversed(runs):
         done = Path(args.results, run + ".json").exists()
@@ -206,6 +208,9 @@ def train_missing(args):
             finished = init.exists() and not init.with_name("unfinished").exists()
             if before and not (finished and Path(args.results, before + ".json").exists()):
                 wanted.add(before)
+    if not wanted:
+        print(f"nothing is missing in {args.results}. To train the {len(asked)} runs again, give "
+              "other folders: --out, --results")
 
     def run_process(group):
         process = multiprocessing.get_context("spawn").Process(target=work, args=(group, args))
@@ -315,7 +320,11 @@ def draw(results, path):
     """Quality against labels; below it the gain over scratch, with 95 % intervals."""
     from matplotlib.figure import Figure                # optional
 
-    names = {"top1": "top-1, %", "miou": "mIoU, %", "centre_px": "error of the centre, px"}
+    names = {"vit_nano": "ViT", "resnet_nano": "CNN", "world": "built-in images",
+             "cifar10": "CIFAR-10", "class": "class", "mask": "mask", "pose": "centre",
+             "scratch": "from scratch", "supervised": "supervised", "simmim": "SimMIM",
+             "a2mim": "A²MIM", "top1": "top-1, %", "miou": "mIoU, %",
+             "centre_px": "error, px (less is better)"}
     panels = []                                         # a column each, of what was run
     for table, task, metric in (("cifar10", "class", "top1"), ("world", "class", "top1"),
                                 ("world", "mask", "miou"), ("world", "pose", "centre_px")):
@@ -326,10 +335,11 @@ def draw(results, path):
     figure = Figure(figsize=(4 * len(panels), 9), layout="constrained")
     axes = figure.subplots(4, len(panels), squeeze=False)
     for column, (table, task, metric, labels) in enumerate(panels):
-        for row, place in enumerate([f"{table}/{arch}" for arch in ARCHS]):
+        for row, arch in enumerate(ARCHS):
+            place = f"{table}/{arch}"
             above, below = axes[2 * row:2 * row + 2, column]
-            above.set(title=f"{place}: {task}", ylabel=names[metric])
-            below.set(ylabel="gain over scratch", xlabel="labels")
+            above.set(title=f"{names[arch]}, {names[table]}: {names[task]}", ylabel=names[metric])
+            below.set(ylabel="gain, px" if task == "pose" else "gain, points", xlabel="labels")
             below.axhline(0, color="k", lw=0.5)
             for ax in (above, below):
                 ax.set_xticks(range(len(labels)), labels)
@@ -343,22 +353,23 @@ def draw(results, path):
                         points.append((x + (i - 1.5) / 12, np.mean(ours), *change[:2]))
                 if points:
                     x, mean, gains, half = zip(*points)
-                    above.plot(x, mean, "o-", color=f"C{i}", label=arm)
-                    below.errorbar(x, gains, half, fmt="o", capsize=3, color=f"C{i}")
+                    above.plot(x, mean, f"{'os^D'[i]}-", color=f"C{i}", label=names[arm])
+                    below.errorbar(x, gains, half, fmt="os^D"[i], capsize=3, color=f"C{i}")
             upper = values(results, f"{place}/supervised", "pretrain", metric)
             if table == "cifar10" and upper:            # with all labels
-                above.axhline(upper[0], color="C1", ls="--")
+                above.axhline(upper[0], color="C1", ls="--", label="supervised, all 50,000 labels")
             if not above.lines:
                 above.text(0.5, 0.5, "not run yet", ha="center", transform=above.transAxes)
-    fullest = max(axes[::2].flat, key=lambda ax: len(ax.lines))
-    figure.legend(*fullest.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    handles = {label: line for ax in axes[::2, ::-1].flat
+               for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=90)
 
 
 def main(argv=None):
     parser = runtime.Parser("sweep.py", description=__doc__)
     option = parser.add_argument
-    option("words", nargs="*", metavar="WORD", help="of the runs' names (absent: all runs)")
+    option("words", nargs="*", metavar="PART", help="of the runs' names (absent: all runs)")
     option("--jobs", type=int, default=1, help="runs at a time (1)")
     option("--out", default="runs/sweep", help="folder of the runs (runs/sweep)")
     option("--results", default="results", help="folder of their results (results)")
