@@ -1929,6 +1929,12 @@ def test_evidence_pages_are_the_results():
     numbers = re.findall(r"\d+\.\d+", readme[1]) if readme else []
     assert [number for number in numbers if number not in sweep.PAGES[0].read_text()] == []
     assert set(RESULTS) == set(RUNS)                    # all of the design is run, as it says
+    notebook = (HERE / "notebooks/3_is_it_worth_it.ipynb").read_text()
+    for table, *parts in (["world", "mask-64", "mask-256", "mask-1024"],
+                          ["world", "pose-256", "class-1024"],
+                          ["cifar10", "class-100", "class-500", "class-5000"]):
+        for line in sweep.make_table(RESULTS, table, parts):
+            assert line in notebook, "results/ have changed: python notebooks/build.py"
 
 
 def test_evidence_sentences_are_the_results():
