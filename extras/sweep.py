@@ -1,8 +1,8 @@
 """Train the evidence of docs/evidence.md: what is pre-training worth, and which part of it?
 
   python extras/sweep.py --jobs 2                    all that is missing, the most important first
-  python extras/sweep.py world/vit_nano mask-256     runs with these parts in their names, and what
-                                                     they begin with
+  python extras/sweep.py world/vit_nano mask-256     runs with these pieces in their names,
+                                                     and what they begin with
   python extras/sweep.py cka --results runs/again    again, as that folder has no results yet
   python extras/sweep.py --show                      tables, ledger, figure: of what is in results/
   python extras/sweep.py --checkpoints               the files in checkpoints/
@@ -196,7 +196,7 @@ def train_missing(args):
     runs = [run for stage in stages for group in stage for run in group]
     asked = {run for run in runs if all(f"/{word}/" in f"/{run}/" for word in args.words)}
     if not asked:
-        raise ValueError(f"no run has {' and '.join(args.words)} in its name: take parts of names "
+        raise ValueError(f"no run has {' and '.join(args.words)} in its name: take pieces of names "
                          f"like {runs[0]}")
     wanted = set()
     for run in reversed(runs):
@@ -344,7 +344,7 @@ def draw(results, path):
             for ax in (above, below):
                 ax.set_xticks(range(len(labels)), labels)
                 ax.set_xlim(-0.5, len(labels) - 0.5)
-            for i, arm in enumerate(FOUR):
+            for i, (arm, marker) in enumerate(zip(FOUR, "os^D")):
                 points = []
                 for x, part in enumerate(f"{task}-{number}" for number in labels):
                     ours = list(values(results, f"{place}/{arm}", part, metric).values())
@@ -353,13 +353,14 @@ def draw(results, path):
                         points.append((x + (i - 1.5) / 12, np.mean(ours), *change[:2]))
                 if points:
                     x, mean, gains, half = zip(*points)
-                    above.plot(x, mean, f"{'os^D'[i]}-", color=f"C{i}", label=names[arm])
-                    below.errorbar(x, gains, half, fmt="os^D"[i], capsize=3, color=f"C{i}")
+                    above.plot(x, mean, marker + "-", color=f"C{i}", label=names[arm])
+                    below.errorbar(x, gains, half, fmt=marker, capsize=3, color=f"C{i}")
             upper = values(results, f"{place}/supervised", "pretrain", metric)
             if table == "cifar10" and upper:            # with all labels
                 above.axhline(upper[0], color="C1", ls="--", label="supervised, all 50,000 labels")
             if not above.lines:
                 above.text(0.5, 0.5, "not run yet", ha="center", transform=above.transAxes)
+    # each label once; from the right, as the last column has the four arms in their order
     handles = {label: line for ax in axes[::2, ::-1].flat
                for line, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
@@ -369,7 +370,7 @@ def draw(results, path):
 def main(argv=None):
     parser = runtime.Parser("sweep.py", description=__doc__)
     option = parser.add_argument
-    option("words", nargs="*", metavar="PART", help="of the runs' names (absent: all runs)")
+    option("words", nargs="*", metavar="PIECE", help="of the runs' names (absent: all runs)")
     option("--jobs", type=int, default=1, help="runs at a time (1)")
     option("--out", default="runs/sweep", help="folder of the runs (runs/sweep)")
     option("--results", default="results", help="folder of their results (results)")
